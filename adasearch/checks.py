@@ -1,0 +1,202 @@
+"""All that can be found out about a study without loading weights: what would run, and what is wrong with it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adasearch import data, models
+from adasearch.config import StudyConfig, TrialConfig, UnitsConfig, merged
+from adasearch.documents import fingerprint, join, value
+from adasearch.environment import machine, versions
+from adasearch.errors import ConfigError, DataError, ModelError, StorageError
+from adasearch.pruning import architectures
+from adasearch.pruning.projection import reachable, removal
+from adasearch.pruning.structure import ModelStructure
+from adasearch.search.space import Space
+from adasearch.tuning import tasks
+
+if TYPE_CHECKING:
+    from adasearch.tuning.items import Item
+
+_FREE_BYTES = 512 * 2**20
+_BYTES_PER_PARAMETER = 4
+
+
+@value
+class Checked:
+    """What the checks found.
+
+    Args:
+        structure: of the dense model with the study's default units.
+        target: greatest number of parameters that the budget leaves.
+        model_digest: tells the model's files apart from others, from their names, sizes and times.
+        items: identifiers of the items by role and task.
+        features: number of columns that the surrogate sees.
+        unexpressed: recipes that the space cannot express, and why.
+    """
+
+    structure: ModelStructure
+    target: int
+    model_digest: str
+    items: dict[str, dict[str, tuple[str, ...]]]
+    features: int
+    unexpressed: dict[str, str]
+
+    @property
+    def summary(self) -> str:
+        """Return the goal in one line."""
+        return f"{self.structure.parameters:,} parameters down to {self.target:,}"
+
+
+def corpora(study: StudyConfig) -> dict[str, str]:
+    """Return every corpus that trials of a study read, and the key that names it."""
+    found: dict[str, str] = {}
+    trial = TrialConfig.from_dict(study.trial, "trial")
+    chosen = study.space.dimensions.get("calibration.corpus", {}).get("choice", [])
+    found |= {str(corpus): "space.calibration.corpus" for corpus in chosen}
+    if not chosen:
+        found[trial.calibration.corpus] = "trial.calibration.corpus"
+    for key, recovery in (("trial.recovery", trial.recovery), ("finalize.recovery", study.finalize.recovery)):
+        corpus = getattr(recovery.options, "corpus", None)
+        if corpus:
+            found[corpus] = f"{key}.corpus"
+    return found
+
+
+def units_in_play(study: StudyConfig) -> tuple[UnitsConfig, ...]:
+    """Return every way of counting units that a trial of the study may use."""
+    base = TrialConfig.from_dict(study.trial, "trial").units
+    attention = study.space.dimensions.get("units.attention", {}).get("choice", [base.attention])
+    mlp = study.space.dimensions.get("units.mlp", {}).get("choice", [base.mlp])
+    return tuple(UnitsConfig(attention=a, mlp=m) for a in attention for m in mlp)
+
+
+def _check_budget(study: StudyConfig, shape: models.ModelShape, where: str) -> ModelStructure:
+    structures = [architectures.describe(shape, units) for units in units_in_play(study)]
+    most = min(reachable(structure, study.budget) for structure in structures)
+    if study.budget.remove > most:
+        problem = f"must be at most {most:.4f} for {study.model.name}, whose embeddings and norms stay, "
+        raise ConfigError(join(where, "budget.remove"), f"{problem}given {study.budget.remove}")
+    return structures[0]
+
+
+def _check_disk(folder: Path, parameters: int, models_kept: int) -> None:
+    """Check that the disk has room for the weights, the statistics and the exports."""
+    while not folder.exists():
+        folder = folder.parent
+    need = _FREE_BYTES + parameters * _BYTES_PER_PARAMETER * (1 + models_kept)
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise StorageError(
+            f"{folder}: must have {need / 2**30:.1f} GiB free for weights and exports, has {free / 2**30:.1f}"
+        )
+
+
+def _located(error: ConfigError, where: str) -> ConfigError:
+    """Return the error with the study's file in front of its key."""
+    return error if error.where.startswith(where) else ConfigError(join(where, error.where), error.problem)
+
+
+def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Checked:
+    """Check a study as far as that needs no weights.
+
+    Args:
+        study: as read.
+        where: its file with a colon, ``study.yaml:``.
+        out: run folder, whose disk must have room; None does not check.
+
+    Raises:
+        ConfigError: a key, with what must hold and what was given.
+        ModelError: the model is missing, damaged or of a family that is not supported.
+        DataError: a task or corpus cannot be read or holds too little.
+        StorageError: too little room on the disk.
+    """
+    try:
+        space = Space.from_config(study.space, study.trial, seed=study.seed)
+        for corpus, key in corpora(study).items():
+            data.check_corpus(corpus, study.data_root, key)
+        tasks.check_tasks(study)
+    except ConfigError as error:
+        raise _located(error, where) from None
+    try:
+        source = models.resolve(study.model, join(where, "model.name"))
+        shape = models.describe_source(source)
+    except ModelError as error:
+        text = str(error)
+        raise ModelError(text if text.startswith(where) else f"{join(where, 'model.name')}: {text}") from error
+    structure = _check_budget(study, shape, where)
+    if out is not None:
+        _check_disk(out, structure.parameters, study.finalize.top + 1)
+    recipes = {name: merged(study.trial, recipe) for name, recipe in study.recipes.items()}
+    return Checked(
+        structure=structure,
+        target=structure.parameters - removal(structure, study.budget),
+        model_digest=_digest(source),
+        items={role: _item_ids(study, role, where) for role in ("search", "select", "report")},
+        features=space.num_features,
+        unexpressed={name: space.obstacle(recipe) for name, recipe in recipes.items() if space.encode(recipe) is None},
+    )
+
+
+def _item_ids(study: StudyConfig, role: tasks.Role, where: str) -> dict[str, tuple[str, ...]]:
+    key = "report.tasks" if role == "report" else "objective.search"
+    try:
+        found: dict[str, tuple[Item, ...]] = tasks.study_items(study, role)
+    except DataError as error:
+        raise DataError(f"{join(where, key)}: {error}") from error
+    return {task: tuple(item.id for item in items) for task, items in found.items()}
+
+
+def _digest(source: models.ModelSource) -> str:
+    """Return what tells the files of a model apart: names and sizes; a hub model is its name and revision."""
+    path = Path(source.path)
+    files = [path] if path.is_file() else sorted(path.glob("*")) if source.path else []
+    return fingerprint((source.name, source.revision, [(f.name, f.stat().st_size) for f in files if f.is_file()]))
+
+
+def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
+    """Yield lines that say what would run and what it would cost."""
+    structure = checked.structure
+    yield f"{study.name}: valid"
+    size = f"{structure.layers} layers, {structure.parameters:,} parameters"
+    yield f"model: {study.model.name} ({structure.family}), {size}"
+    kinds: dict[str, int] = {}
+    for group in structure.groups:
+        kinds[group.unit] = kinds.get(group.unit, 0) + group.units
+    yield "units: " + ", ".join(f"{count:,} {unit.replace('_', ' ')}s" for unit, count in kinds.items())
+    removed = 1 - checked.target / structure.parameters
+    yield f"budget: {checked.target:,} parameters left at most ({removed:.2%} of all removed)"
+    yield f"space: {study.space.name}, {len(study.space.dimensions)} dimensions, {checked.features} features"
+    for role, found in checked.items.items():
+        yield f"{role} items: " + ", ".join(f"{task} {len(ids)}" for task, ids in found.items())
+    known = [name for name in study.recipes if name not in checked.unexpressed]
+    yield f"trials: {study.trials}, of them recipes: {', '.join(known) or 'none'}"
+    for name, reason in checked.unexpressed.items():
+        yield f"recipe {name} is left out, the space cannot express it: {reason}"
+    trial = TrialConfig.from_dict(study.trial, "trial")
+    train = getattr(trial.recovery.options, "tokens", 0)
+    items = sum(len(ids) for ids in checked.items["search"].values())
+    yield f"each trial: {train:,} tokens of {trial.recovery.type} recovery, {items} items"
+    final = getattr(study.finalize.recovery.options, "tokens", 0)
+    yield f"finalists: {study.finalize.top}, {final:,} tokens of {study.finalize.recovery.type} recovery each"
+
+
+def doctor() -> Iterator[str]:
+    """Yield what this machine offers and what may be missing."""
+    import os
+
+    import torch
+
+    for name, text in {**machine(), **versions()}.items():
+        yield f"{name}: {text}"
+    device = models.pick_device()
+    yield f"device: {device}, number format: {str(models.pick_dtype('auto', device)).removeprefix('torch.')}"
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        yield f"cuda:{index}: {torch.cuda.get_device_name(index)}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    yield f"memory: {memory / 2**30:.0f} GiB"
+    yield f"disk: {shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB free here"

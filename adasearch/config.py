@@ -1,0 +1,415 @@
+"""What a user may write (studies, search spaces, recipes) and the two values that cross the house.
+
+`StudyConfig` is a study file. `TrialConfig` is one point of a search: everything a trial needs to know.
+`TrialResult` is what comes back. All are frozen, compare by value and turn into YAML or JSON and back.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from adasearch import registry
+from adasearch.documents import (
+    Count,
+    Finite,
+    Fraction,
+    Index,
+    Name,
+    NonNegative,
+    Positive,
+    Share,
+    fingerprint,
+    join,
+    parse,
+    plain,
+    read_yaml,
+    value,
+)
+from adasearch.errors import ConfigError
+from adasearch.registry import Registry, nearest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@value
+class ModelConfig:
+    """Which model. `name`: hub id, folder, ``file.gguf`` or ``package:python_package`` that carries one."""
+
+    name: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    revision: str | None = None
+
+
+@value
+class BudgetConfig:
+    """How much goes: `remove` is the fraction of parameters removed, of all or of the non-embedding ones."""
+
+    remove: Fraction
+    of: Literal["all", "non_embedding"] = "all"
+    multiple_of: Count = 1
+
+
+@value
+class ObjectiveConfig:
+    """What the search maximises: the mean of `metric` over the tasks in `search`, on `items` items of each.
+
+    `margin` is the chance-corrected probability of the right choice, (p - 1/n) / (1 - 1/n), with p the softmax over
+    the choices' log-likelihoods per character. `select` items of each task are set aside for choosing among finalists.
+    """
+
+    search: tuple[str, ...]
+    items: Count = 200
+    select: Count = 200
+    metric: Literal["margin", "acc", "acc_norm"] = "margin"
+    allow_shared_splits: bool = False
+
+
+@value
+class ReportConfig:
+    """What is scored once, at the end: tasks by name, perplexity corpora, and the window lengths in tokens."""
+
+    tasks: tuple[str, ...]
+    items: Count | None = None
+    perplexity: tuple[str, ...] = ()
+    windows: tuple[Count, ...] = (128, 2048)
+
+
+@value
+class ClusterConfig:
+    """Where trials run: `local` processes under Ray (the default), in this process, or on a running Ray cluster.
+
+    Args:
+        workers: trials at the same time.
+        threads: threads of each worker; None shares the cores evenly.
+        gpus_per_worker: GPUs of each worker, may be a fraction; None takes what there is.
+        address: None starts a local Ray, ``auto`` or ``host:port`` joins one; ``in_process`` uses no Ray at all.
+    """
+
+    workers: Count = 2
+    threads: Count | None = None
+    gpus_per_worker: NonNegative | None = None
+    address: str | None = None
+
+
+@value
+class SamplerConfig:
+    """How the next trial is proposed; `startup` trials come from a quasi-random sequence after the recipes."""
+
+    type: Literal["botorch", "tpe", "gp", "random"] = "botorch"
+    startup: Count = 6
+
+
+@value
+class RacingConfig:
+    """When a trial stops early: after each of `rungs` (fractions of its items), if it is behind with confidence.
+
+    It stops when the paired mean difference to the best trial told plus `z` standard errors lies below zero.
+    The first `grace` trials never stop. `enabled: false` scores every item of every trial.
+    """
+
+    enabled: bool = True
+    rungs: tuple[Fraction, ...] = (0.3, 0.6)
+    z: Positive = 2.0
+    grace: Index = 4
+
+
+@value
+class LimitsConfig:
+    """Bounds of a run: seconds of one trial, attempts at it, and the share of failed trials that stops the search."""
+
+    trial_seconds: Positive = 3600.0
+    attempts: Count = 2
+    failed_share: Share = 0.5
+
+
+@value
+class Component:
+    """An entry of an open set with its settings, such as ``{type: taylor, grain: vector}``."""
+
+    type: str
+    options: Any
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the flat mapping that a YAML file holds."""
+        return {"type": self.type, **plain(self.options)}
+
+
+def component(known: Registry, data: Any, where: str) -> Component:
+    """Return the entry of `known` that `data` names, its settings checked against that entry's own options.
+
+    Raises:
+        ConfigError: unknown entry, unknown setting, wrong type or range.
+    """
+    data = {"type": data} if isinstance(data, str) else data
+    if not isinstance(data, dict) or "type" not in data:
+        raise ConfigError(where, f"must be a name or a mapping with the key type, given {data!r}")
+    entry = known.get(str(data["type"]), join(where, "type"))
+    options = {key: item for key, item in data.items() if key != "type"}
+    return Component(type=entry.name, options=parse(entry.options, options, where))
+
+
+@value
+class FinalizeConfig:
+    """What happens after the search: how many configurations are fine-tuned, how, and into which formats."""
+
+    top: Count = 3
+    recovery: Component
+    formats: tuple[str, ...] = ("hf",)
+
+
+@value
+class CalibrationConfig:
+    """Which text the statistics come from: `samples` sequences of `length` tokens of `corpus`, drawn by seed `draw`."""
+
+    corpus: str
+    samples: Count = 32
+    length: Annotated[int, pydantic.Field(ge=8, le=8192)] = 128
+    draw: Index = 0
+
+
+@value
+class UnitsConfig:
+    """What can go: attention by whole KV groups or by the same number of query heads in each group; MLP channels."""
+
+    attention: Literal["kv_group", "head", "none"] = "kv_group"
+    mlp: Literal["channel", "none"] = "channel"
+
+
+COMPONENTS: dict[str, Registry] = {
+    "importance": registry.IMPORTANCE,
+    "allocation": registry.ALLOCATION,
+    "compensation": registry.COMPENSATION,
+    "recovery": registry.RECOVERY,
+}
+
+
+@value
+class TrialConfig:
+    """One point of a search, complete: equal configurations are equal values and have equal `key`s."""
+
+    calibration: CalibrationConfig
+    units: UnitsConfig
+    importance: Component
+    allocation: Component
+    compensation: Component
+    recovery: Component
+    seed: int = 0
+
+    @staticmethod
+    def from_dict(data: dict[str, Any], where: str) -> TrialConfig:
+        """Return the configuration that a mapping describes; sections left out take their defaults.
+
+        Raises:
+            ConfigError: names the key below `where`.
+        """
+        sections = {"calibration", "units", "seed", *COMPONENTS}
+        for key in data:
+            if key not in sections:
+                raise ConfigError(join(where, key), f"unknown key {key!r}; {nearest(str(key), sections)}")
+        defaults = {"importance": "wanda_sp", "allocation": "uniform", "compensation": "none", "recovery": "none"}
+        parts = {
+            name: component(known, data.get(name, defaults[name]), join(where, name))
+            for name, known in COMPONENTS.items()
+        }
+        return TrialConfig(
+            calibration=parse(CalibrationConfig, data.get("calibration", {}), join(where, "calibration")),
+            units=parse(UnitsConfig, data.get("units", {}), join(where, "units")),
+            seed=int(data.get("seed", 0)),
+            **parts,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mapping that `from_dict` reads back."""
+        parts = {name: getattr(self, name).to_dict() for name in COMPONENTS}
+        return {"calibration": plain(self.calibration), "units": plain(self.units), **parts, "seed": self.seed}
+
+    @property
+    def key(self) -> str:
+        """Return 16 hexadecimal digits that identify this configuration."""
+        return fingerprint(self.to_dict())
+
+
+@value
+class TaskScore:
+    """Score of one task: `n` items, mean and standard error of each metric (fractions; acc_norm may be absent)."""
+
+    task: str
+    n: int
+    acc: float
+    acc_stderr: float
+    acc_norm: float | None
+    acc_norm_stderr: float | None
+    margin: float
+    margin_stderr: float
+
+
+@value
+class TrialResult:
+    """What a trial gives back.
+
+    Args:
+        score: the objective, higher is better; for a stopped trial the estimate paired with the best trial.
+        stderr: its standard error over items.
+        tasks: scores per task on the items that were scored.
+        parameters: of the model after the cut.
+        widths: units kept, by group name.
+        items: number of items scored.
+        stopped: it was behind with confidence and stopped early.
+        seconds: by phase.
+        peak_bytes: peak resident memory of the worker.
+        notes: facts for the reader, such as loss before and after recovery.
+    """
+
+    score: Finite
+    stderr: NonNegative
+    tasks: tuple[TaskScore, ...]
+    parameters: int
+    widths: dict[str, int]
+    items: int
+    stopped: bool
+    seconds: dict[str, float]
+    peak_bytes: int
+    notes: dict[str, float | str]
+
+
+@value
+class SpaceConfig:
+    """Which knobs are searched: dotted path into a trial -> ``{kind: domain}``, in the order of the file."""
+
+    name: str
+    dimensions: dict[str, dict[str, Any]]
+
+
+@value
+class StudyConfig:
+    """A study file, resolved: every default filled in, the space and the recipes read."""
+
+    name: Name
+    model: ModelConfig
+    space: SpaceConfig
+    budget: BudgetConfig
+    objective: ObjectiveConfig
+    report: ReportConfig
+    finalize: FinalizeConfig
+    trial: dict[str, Any]
+    recipes: dict[str, dict[str, Any]]
+    trials: Count = 60
+    seed: Index = 0
+    cluster: ClusterConfig = ClusterConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    racing: RacingConfig = RacingConfig()
+    limits: LimitsConfig = LimitsConfig()
+    data_root: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mapping that `study_from_dict` reads back: the ``config.yaml`` of a run."""
+        data: dict[str, Any] = plain(self)
+        data["space"] = plain(self.space.dimensions)
+        data["finalize"]["recovery"] = self.finalize.recovery.to_dict()
+        return data
+
+    @property
+    def fingerprint(self) -> str:
+        """Return what identifies a search: two studies with equal fingerprints may share a run folder.
+
+        The number of trials, the cluster, the limits, the report and the finalists may change on resume.
+        """
+        parts = (self.model, self.space.dimensions, self.budget, self.objective, self.trial, self.recipes)
+        return fingerprint((*parts, self.seed, self.sampler, self.racing))
+
+
+def _find(kind: str, name: str, near: Path, where: str) -> Path:
+    """Return the file of a space or recipe: a path ending in ``.yaml``, or a name looked up in the folder `kind`."""
+    if name.endswith((".yaml", ".yml")):
+        tries = [near.parent / name, Path(name)]
+    else:
+        tries = [root / f"{name}.yaml" for root in (near.parent.parent / kind, Path(kind), REPOSITORY / kind)]
+    for path in tries:
+        if path.is_file():
+            return path
+    known = sorted({file.stem for path in tries for file in path.parent.glob("*.yaml")})
+    raise ConfigError(where, f"no file for {name!r}; {nearest(name, known)}")
+
+
+def load_recipe(name: str, near: Path, where: str) -> dict[str, Any]:
+    """Return the recipe called `name` (``search_spaces/recipes/<name>.yaml``): a partial `TrialConfig` mapping.
+
+    The keys `title`, `source` and `fidelity` are for readers and are left out.
+    """
+    data = read_yaml(_find("search_spaces/recipes", name, near, where))
+    return {key: item for key, item in data.items() if key not in {"title", "source", "fidelity"}}
+
+
+def _read_space(data: Any, near: Path, where: str) -> SpaceConfig:
+    where, name = join(where, "space"), "inline"
+    if isinstance(data, str):
+        path = _find("search_spaces", data, near, where)
+        data, where, name = read_yaml(path), f"{path}:", path.stem
+    if not isinstance(data, dict) or not data:
+        raise ConfigError(where.rstrip(":"), f"must map dotted paths to dimensions, given {data!r}")
+    for path_in_trial, dimension in data.items():
+        if not isinstance(dimension, dict):
+            raise ConfigError(
+                join(where, path_in_trial), f"must be a mapping such as {{int: [8, 32]}}, given {dimension!r}"
+            )
+    return SpaceConfig(name=name, dimensions=data)
+
+
+def study_from_dict(data: dict[str, Any], where: str, near: Path) -> StudyConfig:
+    """Return the study that a mapping describes.
+
+    Args:
+        data: what the file held.
+        where: start of the path in messages, ``study.yaml:``.
+        near: the study's file; spaces and recipes are looked up from there.
+
+    Raises:
+        ConfigError: names the file and the key.
+    """
+    data = dict(data)
+    data.setdefault("name", near.stem)
+    data["space"] = _read_space(data.get("space", {}), near, where)
+    recipes = data.get("recipes", {})
+    if isinstance(recipes, list):
+        recipes = {str(name): load_recipe(str(name), near, join(where, "recipes")) for name in recipes}
+    data["recipes"] = recipes
+    finalize = dict(data.get("finalize") or {})
+    recovery = finalize.get("recovery", {"type": "full"})
+    finalize["recovery"] = component(registry.RECOVERY, recovery, join(where, "finalize.recovery"))
+    data["finalize"] = finalize
+    data.setdefault("trial", {})
+    study = parse(StudyConfig, data, where)
+    for name in study.finalize.formats:
+        registry.EXPORT.get(name, join(where, "finalize.formats"))
+    TrialConfig.from_dict(study.trial, join(where, "trial"))
+    for name, recipe in study.recipes.items():
+        TrialConfig.from_dict(merged(study.trial, recipe), join(where, "recipes", name))
+    return study
+
+
+def load_study(path: Path) -> StudyConfig:
+    """Return the study in the file `path`; ``ADASEARCH_DATA_ROOT`` overrides its `data_root`.
+
+    Raises:
+        ConfigError: names the file and the key.
+    """
+    data = read_yaml(path)
+    if os.environ.get("ADASEARCH_DATA_ROOT"):
+        data["data_root"] = os.environ["ADASEARCH_DATA_ROOT"]
+    return study_from_dict(data, f"{path}:", path)
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with `over` laid on top, section by section; a component of another type replaces the whole."""
+    result = dict(base)
+    for key, item in over.items():
+        old = result.get(key)
+        old = {"type": old} if isinstance(old, str) and key in COMPONENTS else old
+        item = {"type": item} if isinstance(item, str) and key in COMPONENTS else item
+        same = isinstance(old, dict) and isinstance(item, dict) and item.get("type", old.get("type")) == old.get("type")
+        result[key] = {**old, **item} if same else item  # type: ignore[dict-item]
+    return result

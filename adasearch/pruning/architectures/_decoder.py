@@ -1,0 +1,89 @@
+"""What Llama and its relatives share: gated MLP, grouped-query attention, `model.layers.N`, one residual stream."""
+
+from __future__ import annotations
+
+import math
+
+from adasearch.config import UnitsConfig
+from adasearch.pruning.structure import Group, ModelShape, ModelStructure, Slice, priced
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _rows(shape: ModelShape, module: str, block: int) -> tuple[Slice, ...]:
+    """Return the slices of a projection whose output features belong to units: weight rows, bias if it has one."""
+    names = (f"{module}.weight", f"{module}.bias")
+    return tuple(Slice(parameter=name, dim=0, block=block) for name in names if name in shape.shapes)
+
+
+def _columns(module: str, block: int) -> Slice:
+    """Return the slice of a projection whose input features belong to units; its bias is the residual stream's."""
+    return Slice(parameter=f"{module}.weight", dim=1, block=block)
+
+
+def _mlp(shape: ModelShape, layer: int) -> Group:
+    name = f"model.layers.{layer}.mlp"
+    slices = (
+        *_rows(shape, f"{name}.gate_proj", 1),
+        *_rows(shape, f"{name}.up_proj", 1),
+        _columns(f"{name}.down_proj", 1),
+    )
+    return Group(
+        name=name,
+        layer=layer,
+        kind="mlp",
+        unit="channel",
+        units=shape.intermediate,
+        partitions=1,
+        slices=slices,
+        output=f"{name}.down_proj",
+    )
+
+
+def _attention(shape: ModelShape, layer: int, unit: str) -> Group:
+    """Return the attention group of a layer.
+
+    With one query head per KV head the two units are the same thing, and a head may go alone: it is described as a
+    KV group, whose partition is the whole group.
+    """
+    name = f"model.layers.{layer}.self_attn"
+    if unit == "head" and shape.heads > shape.kv_heads:
+        units, partitions, block = shape.heads, shape.kv_heads, shape.head_dim
+        keys: tuple[Slice, ...] = ()
+    else:
+        unit, units, partitions = "kv_group", shape.kv_heads, 1
+        block = shape.heads // shape.kv_heads * shape.head_dim
+        keys = (*_rows(shape, f"{name}.k_proj", shape.head_dim), *_rows(shape, f"{name}.v_proj", shape.head_dim))
+    slices = (*_rows(shape, f"{name}.q_proj", block), *keys, _columns(f"{name}.o_proj", block))
+    return Group(
+        name=name,
+        layer=layer,
+        kind="attention",
+        unit=unit,
+        units=units,
+        partitions=partitions,
+        slices=slices,
+        output=f"{name}.o_proj",
+    )
+
+
+def describe_decoder(shape: ModelShape, units: UnitsConfig) -> ModelStructure:
+    """Return the structure of a Llama-like decoder; norms over single heads, as in Qwen3, are shared and stay whole."""
+    groups: list[Group] = []
+    for layer in range(shape.layers):
+        if units.attention != "none":
+            groups.append(priced(shape, _attention(shape, layer, units.attention)))
+        if units.mlp != "none":
+            groups.append(priced(shape, _mlp(shape, layer)))
+    embeddings = {
+        name: dims for name, dims in shape.shapes.items() if name.endswith(("embed_tokens.weight", "lm_head.weight"))
+    }
+    return ModelStructure(
+        family=shape.family,
+        layers=shape.layers,
+        groups=tuple(groups),
+        parameters=sum(math.prod(dims) for dims in shape.shapes.values()),
+        embedding_parameters=sum(math.prod(dims) for dims in embeddings.values()),
+        output_biases={g.output: 0 if f"{g.output}.bias" in shape.shapes else shape.hidden for g in groups},
+        lora_targets=PROJECTIONS,
+    )

@@ -1,0 +1,14 @@
+"""Qwen 3, dense: queries and keys are normalised per head, head size independent of the hidden size."""
+
+from __future__ import annotations
+
+from adasearch.config import UnitsConfig
+from adasearch.pruning.architectures._decoder import describe_decoder
+from adasearch.pruning.structure import ModelShape, ModelStructure
+from adasearch.registry import ARCHITECTURES
+
+
+@ARCHITECTURES.register(model_types=("qwen3",))
+def describe(shape: ModelShape, units: UnitsConfig) -> ModelStructure:
+    """Return what can be cut from a model of this family."""
+    return describe_decoder(shape, units)

@@ -1,0 +1,128 @@
+"""Importance criteria: one file each.
+
+An entry is ``score(view: GroupView, options) -> Tensor`` of U float32 or float64 scores, higher = keep. Its fact
+`needs` is a function ``options -> frozenset[str]``: the families of `Statistics` that the score reads. A criterion
+sees one group at a time, whatever kind of layer it comes from.
+
+Shape letters: U units of a group, B input features of the output projection per unit, D output features of it,
+K elements of one unit in one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from adasearch.config import Component
+from adasearch.documents import fingerprint
+from adasearch.errors import TrialError
+from adasearch.pruning.statistics import Covariance, Moments, Statistics
+from adasearch.pruning.structure import Group, ModelStructure, Slice
+from adasearch.registry import IMPORTANCE
+
+Probe = Literal["all", "output"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GroupView:
+    """What a criterion may look at: one group, its weights by unit, its statistics and a seed.
+
+    Args:
+        group: whose units are scored.
+        weights: parameters of the dense model by full name.
+        statistics: holds at least what the criterion needs; None where it needs nothing.
+        seed: of the trial.
+    """
+
+    group: Group
+    weights: Mapping[str, Tensor]
+    statistics: Statistics | None
+    seed: int
+
+    def members(self, probe: Probe = "all") -> tuple[str, ...]:
+        """Return the matrices that units own parts of, in the order of the slices: all, or the output's only."""
+        output = f"{self.group.output}.weight"
+        if probe == "output":
+            return (output,)
+        return tuple(s.parameter for s in self.group.slices if self.weights[s.parameter].ndim == 2)
+
+    def weight(self, parameter: str) -> Tensor:
+        """Return the part of a matrix that each unit owns (U × K, float32)."""
+        return self.rows_of(parameter).flatten(1)
+
+    def rows_of(self, parameter: str) -> Tensor:
+        """Return the same by row of the cut dimension (U × rows per unit × elements per row, float32)."""
+        part = self._slice(parameter)
+        return self.weights[parameter].movedim(part.dim, 0).reshape(self.group.units, part.block, -1).float()
+
+    def output_weight(self) -> Tensor:
+        """Return the columns of the output projection by unit (U × B × D, float32)."""
+        return self.rows_of(f"{self.group.output}.weight")
+
+    def moments(self) -> Moments:
+        """Return the moments of the units' activations (U·B features); `feature` shapes them by unit."""
+        return self._known().moments(self.group.output)
+
+    def covariance(self) -> Covariance:
+        """Return the covariance of the units' activations (U·B features)."""
+        return self._known().covariance(self.group.output)
+
+    def feature(self, values: Tensor) -> Tensor:
+        """Return one value per input feature of the output projection (U·B) by unit (U × B)."""
+        return values.view(self.group.units, self.group.output_block)
+
+    def statistic(self, family: str, parameter: str, name: str) -> Tensor:
+        """Return sums over rows of a matrix, by unit (U × rows per unit, float64); names as in `GradientSum.read`."""
+        rows = self._known().rows(family, parameter, name)
+        return rows.view(self.group.units, self._slice(parameter).block)
+
+    def generator(self) -> torch.Generator:
+        """Return a random generator that depends on the seed and the group alone, not on the order of groups."""
+        seed = int(fingerprint([self.seed, self.group.name]), 16) % 2**63
+        return torch.Generator().manual_seed(seed)
+
+    def _slice(self, parameter: str) -> Slice:
+        return next(s for s in self.group.slices if s.parameter == parameter)
+
+    def _known(self) -> Statistics:
+        assert self.statistics is not None, "this criterion must be given statistics"
+        return self.statistics
+
+
+def needs(component: Component) -> frozenset[str]:
+    """Return the families of statistics that a criterion with these options reads."""
+    found: frozenset[str] = IMPORTANCE.get(component.type).facts["needs"](component.options)
+    return found
+
+
+def score_all(
+    structure: ModelStructure,
+    weights: Mapping[str, Tensor],
+    statistics: Statistics | None,
+    component: Component,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Return one score per unit (U, float32, higher = keep) for each group, by group name.
+
+    Raises:
+        TrialError: a score is not finite (kind ``nan``).
+    """
+    entry = IMPORTANCE.get(component.type)
+    scores = {}
+    for group in structure.groups:
+        view = GroupView(group=group, weights=weights, statistics=statistics, seed=seed)
+        with torch.no_grad():
+            scores[group.name] = _checked(entry.function(view, component.options), group, component)
+    return scores
+
+
+def _checked(scores: Any, group: Group, component: Component) -> Tensor:
+    assert scores.shape == (group.units,), f"{component.type} gave {tuple(scores.shape)} scores for {group.units} units"
+    single: Tensor = scores.float().cpu()
+    if not bool(torch.isfinite(single).all()):
+        raise TrialError("nan", f"{component.type} scores of {group.name} must be finite", "score")
+    return single

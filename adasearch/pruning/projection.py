@@ -1,0 +1,207 @@
+"""Relative pruning ratios -> widths that meet the parameter budget, by arithmetic on the structure alone.
+
+A group moves along a *ladder*: level 0 is its dense width, each further level the next smaller width that is allowed
+(multiples of `BudgetConfig.multiple_of` for MLPs, every width for attention), the last one the smallest.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from adasearch.config import BudgetConfig
+from adasearch.errors import ConfigError
+from adasearch.pruning.structure import Group, ModelStructure
+
+_LEAST_RATIO = 1e-9  # of the largest; below it the scale that fills a group would overflow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ladder:
+    """The widths a group may take: `ratio` in (0, 1] is relative, `multiple` the distance of levels below the first."""
+
+    group: Group
+    ratio: float
+    multiple: int
+
+    @property
+    def levels(self) -> int:
+        """Return the index of the last level, 0 where the group cannot move."""
+        return (self.group.width - 1) // self.multiple
+
+    def removed(self, level: int) -> int:
+        """Return the number of units per partition that are gone at a level."""
+        return self.group.width - (self.levels + 1 - level) * self.multiple if level else 0
+
+    def floor(self, units: float) -> int:
+        """Return the last level at which no more than `units` are gone."""
+        below = units - self.removed(1)
+        # A hair of slack: a ratio of k / width must come back as k units.
+        return min(self.levels, 1 + math.floor(below / self.multiple + 1e-9)) if below >= -1e-9 else 0
+
+    def cost(self, level: int) -> int:
+        """Return the number of parameters that go on the step from the level before to `level`."""
+        return (self.removed(level) - self.removed(level - 1)) * self.group.step_cost
+
+    def wanted(self, scale: float) -> float:
+        """Return the units, not rounded, that go at a scale of the ratios."""
+        return min(scale * self.ratio * self.group.width, float(self.removed(self.levels)))
+
+    def scale(self, level: int) -> float:
+        """Return the scale of the ratios at which `level` is reached."""
+        return self.removed(level) / (self.ratio * self.group.width)
+
+    @property
+    def spread(self) -> float:
+        """Return a number in [0, 1) by which equal claims of neighbouring layers are told apart (van der Corput).
+
+        Whatever number of layers comes first in this order, they lie spread over the depth.
+        """
+        return int(f"{self.group.layer:032b}"[::-1], 2) / 2**32
+
+
+def _base(structure: ModelStructure, budget: BudgetConfig) -> int:
+    """Return the number of parameters that the fraction `budget.remove` is of."""
+    return structure.parameters - (structure.embedding_parameters if budget.of == "non_embedding" else 0)
+
+
+def removal(structure: ModelStructure, budget: BudgetConfig, biases: Iterable[str] = ()) -> int:
+    """Return how many parameters must be cut at least, those that added `biases` (module names) cost included."""
+    # The decimal that the user wrote, not the nearest double: 0.2 of 10 parameters is 2, not 3.
+    exact = Fraction(str(budget.remove)) * _base(structure, budget)
+    return math.ceil(exact) + sum(structure.added(biases).values())
+
+
+def _ladders(structure: ModelStructure, ratios: Mapping[str, float], multiple: int) -> list[_Ladder]:
+    """Return the ladders of the groups that may move."""
+    top = max(ratios.values(), default=0.0)
+    ladders = [
+        _Ladder(
+            group=group,
+            ratio=max(ratios[group.name] / top, _LEAST_RATIO),
+            multiple=multiple if group.kind == "mlp" else 1,
+        )
+        for group in structure.groups
+        if ratios.get(group.name, 0.0) > 0
+    ]
+    return [ladder for ladder in ladders if ladder.levels]
+
+
+def _most(ladders: Iterable[_Ladder]) -> int:
+    return sum(ladder.removed(ladder.levels) * ladder.group.step_cost for ladder in ladders)
+
+
+def _fraction(structure: ModelStructure, budget: BudgetConfig, biases: Iterable[str], most: int) -> float:
+    left = most - sum(structure.added(biases).values())
+    return max(0, math.floor(10_000 * left / _base(structure, budget))) / 10_000
+
+
+def reachable(structure: ModelStructure, budget: BudgetConfig, biases: Iterable[str] = ()) -> float:
+    """Return the greatest `budget.remove` that can be met when every group may move, rounded down to 4 decimals."""
+    dense = dict.fromkeys(structure.dense_widths(), 1.0)
+    return _fraction(structure, budget, biases, _most(_ladders(structure, dense, budget.multiple_of)))
+
+
+def project(
+    structure: ModelStructure, ratios: Mapping[str, float], budget: BudgetConfig, biases: Iterable[str] = ()
+) -> dict[str, int]:
+    """Return the width of every group, units kept per partition, by group name.
+
+    The ratios are multiplied by the one scale at which they would remove just enough if units could be split, no group
+    losing its last unit; rounded down; then the largest remainders go while they fit, then the cheapest steps. So the
+    model has at most the parameters that the budget leaves; what it has less would not pay for undoing any step.
+
+    Args:
+        structure: the groups and their costs.
+        ratios: relative fraction of units removed (>= 0) by group name; groups of ratio 0, or left out, stay dense.
+        budget: what must go. MLP widths are multiples of `multiple_of`, or dense.
+        biases: output projections (module names) that compensation gives a bias; what they cost is cut as well.
+
+    Raises:
+        ConfigError: no widths meet the budget; the message holds the greatest fraction that can be met.
+    """
+    biases = tuple(biases)
+    need = removal(structure, budget, biases)
+    ladders = _ladders(structure, ratios, budget.multiple_of)
+    if need > _most(ladders):
+        most = _fraction(structure, budget, biases, _most(ladders))
+        still = len(structure.groups) - len(ladders)
+        which = f" while {still} of {len(structure.groups)} groups stay dense" if still else ""
+        raise ConfigError("budget.remove", f"must be at most {most:.4f} for this model{which}, given {budget.remove}")
+    levels = _round(ladders, need)
+    widths = structure.dense_widths()
+    for ladder, level in zip(ladders, levels, strict=True):
+        widths[ladder.group.name] -= ladder.removed(level)
+    return widths
+
+
+def _scale(ladders: list[_Ladder], need: int) -> float:
+    """Return the least scale at which the ratios remove `need` parameters, by bisection."""
+    low, high = 0.0, max(ladder.scale(ladder.levels) for ladder in ladders)
+    for _ in range(80):
+        middle = (low + high) / 2
+        enough = sum(ladder.wanted(middle) * ladder.group.step_cost for ladder in ladders) >= need
+        low, high = (low, middle) if enough else (middle, high)
+    return high
+
+
+def _round(ladders: list[_Ladder], need: int) -> list[int]:
+    """Return the level of each ladder at which at least `need` parameters are gone, and hardly more."""
+    if need <= 0:
+        return [0] * len(ladders)
+    scale = _scale(ladders, need)
+    wanted = [ladder.wanted(scale) for ladder in ladders]
+    levels = [ladder.floor(units) for ladder, units in zip(ladders, wanted, strict=True)]
+    missing = need - sum(x.removed(level) * x.group.step_cost for x, level in zip(ladders, levels, strict=True))
+    missing = _take_remainders(ladders, wanted, levels, missing)
+    missing = _take_cheapest(ladders, levels, missing)
+    _give_back(ladders, levels, -missing)
+    return levels
+
+
+def _take_remainders(ladders: list[_Ladder], wanted: list[float], levels: list[int], missing: int) -> int:
+    """Move groups one level, largest remainder first, where the step is no more than what is missing."""
+
+    def claim(i: int) -> tuple[float, float, int]:
+        ladder, level = ladders[i], levels[i]
+        gap = ladder.removed(level + 1) - ladder.removed(level)
+        return (-(wanted[i] - ladder.removed(level)) / gap, ladder.spread, i)
+
+    for i in sorted((i for i, ladder in enumerate(ladders) if levels[i] < ladder.levels), key=claim):
+        cost = ladders[i].cost(levels[i] + 1)
+        if cost <= missing:
+            levels[i] += 1
+            missing -= cost
+    return missing
+
+
+def _take_cheapest(ladders: list[_Ladder], levels: list[int], missing: int) -> int:
+    """Take the cheapest steps until nothing is missing, in the order in which a growing scale reaches them."""
+
+    def step(i: int) -> tuple[int, float, float, int]:
+        ladder, level = ladders[i], levels[i] + 1
+        return (ladder.cost(level), ladder.scale(level), ladder.spread, i)
+
+    queue = [step(i) for i, ladder in enumerate(ladders) if levels[i] < ladder.levels]
+    heapq.heapify(queue)
+    while missing > 0:
+        cost, _, _, i = heapq.heappop(queue)
+        levels[i] += 1
+        missing -= cost
+        if levels[i] < ladders[i].levels:
+            heapq.heappush(queue, step(i))
+    return missing
+
+
+def _give_back(ladders: list[_Ladder], levels: list[int], spare: int) -> None:
+    """Undo the dearest steps that `spare` parameters pay for, the last that the scale reached first."""
+    while True:
+        steps = [(x.cost(levels[i]), x.scale(levels[i]), -i) for i, x in enumerate(ladders) if levels[i]]
+        cost, _, index = max((step for step in steps if step[0] <= spare), default=(0, 0.0, 0))
+        if not cost:
+            return
+        levels[-index] -= 1
+        spare -= cost

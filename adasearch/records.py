@@ -1,0 +1,206 @@
+"""The durable records of a run: written once, atomically, checked when read. The study can be rebuilt from them.
+
+``trials/<number>-<attempt>/result.json`` holds a `Record`; ``items.npz`` beside it the score of every item, by task.
+``final/<name>.json`` holds a `FinalRecord`. A file that fails its checksum counts as absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adasearch.config import TaskScore, TrialResult
+from adasearch.documents import parse, plain, value
+from adasearch.errors import ConfigError, StorageError
+
+SCHEMA = 1
+DENSE = -1
+
+
+@value
+class Failure:
+    """Why a trial gave no score: `kind` is one of those of `adasearch.errors.TrialError`."""
+
+    kind: str
+    message: str
+    phase: str = ""
+
+
+@value
+class Record:
+    """One attempt at one trial. `number` is `DENSE` and `config` None for the dense model.
+
+    Args:
+        recipe: name of the published recipe that the trial is, None for a proposal.
+        environment: versions, host, device and threads that made it.
+    """
+
+    number: int
+    attempt: int
+    recipe: str | None
+    config: dict[str, Any] | None
+    result: TrialResult | None
+    failure: Failure | None
+    environment: dict[str, str]
+
+
+@value
+class FinalRecord:
+    """A finalist (or the dense model, or the best recipe) scored once on the report items.
+
+    Args:
+        name: ``dense``, or ``<rank>-trial<number>``.
+        trial: number of the trial, `DENSE` for the dense model.
+        role: ``dense``, ``finalist`` or ``recipe``.
+        selected: scores on the select items.
+        report: scores on the report items.
+        perplexity: by ``<corpus>@<window>``.
+        removed: fraction of all parameters removed.
+        export: folder of the export relative to the run, None for the dense model.
+        losses: loss curve of the full fine-tune.
+    """
+
+    name: str
+    trial: int
+    role: str
+    recipe: str | None
+    selected: tuple[TaskScore, ...]
+    report: tuple[TaskScore, ...]
+    perplexity: dict[str, float]
+    parameters: int
+    removed: float
+    seconds: dict[str, float]
+    export: str | None
+    losses: tuple[float, ...]
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Any:
+    """Turn what the disk answers into a `StorageError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            problem = "the disk is full; nothing finished is lost: free space and run the same command again"
+            raise StorageError(f"{path}: {problem}") from error
+        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+            raise StorageError(f"{path}: must be writable: {error.strerror}") from error
+        raise
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that at any moment the old or the new content stands there, never a part.
+
+    Raises:
+        StorageError: the disk is full or the folder is not writable.
+    """
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with draft.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` as JSON, atomically."""
+    write_atomically(path, json.dumps(plain(data), indent=1, sort_keys=True).encode())
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _write_checked(path: Path, body: Any) -> None:
+    data = json.loads(json.dumps(plain(body)))
+    write_json(path, {"schema": SCHEMA, "sha256": _checksum(data), "body": data})
+
+
+def _read_checked(path: Path) -> dict[str, Any] | None:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        body = data["body"]
+        sound = data["schema"] == SCHEMA and data["sha256"] == _checksum(body)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return body if sound else None
+
+
+def trial_folder(run: Path, number: int, attempt: int) -> Path:
+    """Return the folder of one attempt at a trial."""
+    name = "dense" if number == DENSE else str(number)
+    return run / "trials" / f"{name}-{attempt}"
+
+
+def write_record(run: Path, record: Record) -> None:
+    """Write the record of a trial; an attempt is recorded once."""
+    _write_checked(trial_folder(run, record.number, record.attempt) / "result.json", record)
+
+
+def _parsed(cls: type[Any], body: dict[str, Any] | None, path: Path) -> Any:
+    if body is None:
+        return None
+    try:
+        return parse(cls, body, f"{path}:")
+    except ConfigError:
+        return None
+
+
+def read_record(folder: Path) -> Record | None:
+    """Return the record in a trial's folder, None where there is none or it is damaged."""
+    path = folder / "result.json"
+    record: Record | None = _parsed(Record, _read_checked(path), path)
+    return record
+
+
+def read_records(run: Path) -> list[Record]:
+    """Return all sound records of a run, ordered by trial number and attempt."""
+    found = (read_record(folder) for folder in (run / "trials").glob("*-*"))
+    return sorted((r for r in found if r is not None), key=lambda r: (r.number, r.attempt))
+
+
+def write_items(folder: Path, items: dict[str, np.ndarray]) -> None:
+    """Write the score of every item, one array per task."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **{key.replace("/", "|"): array for key, array in items.items()})  # type: ignore[arg-type]
+    write_atomically(folder / "items.npz", buffer.getvalue())
+
+
+def read_items(folder: Path) -> dict[str, np.ndarray] | None:
+    """Return what `write_items` wrote, None where there is none or it is damaged."""
+    try:
+        with np.load(folder / "items.npz", allow_pickle=False) as data:
+            return {key.replace("|", "/"): data[key] for key in data.files}
+    except (OSError, ValueError, EOFError, KeyError):
+        return None
+
+
+def write_final(run: Path, record: FinalRecord) -> None:
+    """Write the record of a finalist."""
+    _write_checked(run / "final" / f"{record.name}.json", record)
+
+
+def read_finals(run: Path) -> list[FinalRecord]:
+    """Return the sound records of finalists, by name."""
+    paths = sorted((run / "final").glob("*.json"))
+    found = (_parsed(FinalRecord, _read_checked(path), path) for path in paths)
+    return [record for record in found if record is not None]

@@ -1,0 +1,324 @@
+"""What a run found, from its records alone: ``leaderboard.csv`` and the facts that ``report.html`` shows."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from adasearch.config import StudyConfig, TaskScore
+from adasearch.records import DENSE, FinalRecord, Record, read_finals, read_items, read_records, write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+COLUMNS = (
+    "rank", "trial", "recipe", "search_score", "search_stderr", "report_score", "report_stderr", "retained",
+    "parameters", "removed", "seconds", "state",
+)  # fmt: skip
+RESAMPLES = 10_000
+ACCURACY = "#acc"
+_GROUP = re.compile(r"\.(\d+)\.([^.]+)$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """A paired difference of report scores: mean over tasks, and the ends of its 95 % confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def shown(self) -> bool:
+        """Return whether the interval leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """Everything a reader of a run is told.
+
+    Args:
+        records: one for each trial, the attempt that counts, by number; the dense model is not among them.
+        finals: scored finalists, best first by their select items.
+        best: the first of `finals`, None before there is one.
+        recipe: the best published recipe among the scored models.
+        importance: share of each searched parameter, empty when it cannot be told.
+        importance_note: why not, or how it was computed.
+    """
+
+    study: StudyConfig
+    records: tuple[Record, ...]
+    dense_record: Record | None
+    dense: FinalRecord | None
+    finals: tuple[FinalRecord, ...]
+    best: FinalRecord | None
+    recipe: FinalRecord | None
+    versus_dense: Difference | None
+    versus_recipe: Difference | None
+    importance: Mapping[str, float]
+    importance_note: str
+
+
+def mean_score(scores: Sequence[TaskScore]) -> tuple[float, float]:
+    """Return the mean over tasks of acc_norm where a task has it, else of acc, and its standard error."""
+    if not scores:
+        return math.nan, math.nan
+    values = [s.acc if s.acc_norm is None else s.acc_norm for s in scores]
+    errors = [s.acc_stderr if s.acc_norm_stderr is None else s.acc_norm_stderr for s in scores]
+    return float(np.mean(values)), float(np.sqrt(np.sum(np.square(errors))) / len(errors))
+
+
+def _resampled_means(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return the mean of each of `RESAMPLES` resamples of `values` (`n`-vector) with replacement."""
+    distinct, counts = np.unique(values, return_counts=True)
+    if len(distinct) <= 16:
+        # Drawing n items is drawing how often each value comes: exact, and cheap for differences of 0 and 1.
+        times: np.ndarray = rng.multinomial(len(values), counts / len(values), size=RESAMPLES)
+        return np.asarray(times @ distinct / len(values))
+    chunk = max(1, 2_000_000 // len(values))
+    sizes = [min(chunk, RESAMPLES - start) for start in range(0, RESAMPLES, chunk)]
+    draws = (values[rng.integers(0, len(values), (size, len(values)), dtype=np.int32)] for size in sizes)
+    return np.concatenate([draw.mean(axis=1) for draw in draws])
+
+
+def paired_difference(
+    a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], seed: int
+) -> tuple[float, float, float] | None:
+    """Return the mean difference a - b over items, and the ends of its 95 % confidence interval.
+
+    Every task weighs the same. The interval is the percentile bootstrap over items, resampled within each task
+    (Efron & Tibshirani 1993, chapter 13), which keeps the pairing.
+
+    Args:
+        a: score per item by task.
+        b: the same items in the same order.
+        seed: of the resampling.
+
+    Returns:
+        mean, low, high; None when the two share no task with equally many items.
+    """
+    tasks = [t for t in a if t in b and len(a[t]) == len(b[t]) > 0]
+    if not tasks:
+        return None
+    rng = np.random.default_rng(seed)
+    gaps = [np.asarray(a[t], dtype=np.float64) - np.asarray(b[t], dtype=np.float64) for t in tasks]
+    means = np.mean([_resampled_means(gap, rng) for gap in gaps], axis=0)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(np.mean([gap.mean() for gap in gaps])), float(low), float(high)
+
+
+def _accuracies(run: Path, final: FinalRecord | None) -> dict[str, np.ndarray]:
+    items = read_items(run / "final" / final.name) if final else None
+    return {key.removesuffix(ACCURACY): x for key, x in (items or {}).items() if key.endswith(ACCURACY)}
+
+
+def _difference(run: Path, a: FinalRecord | None, b: FinalRecord | None, seed: int) -> Difference | None:
+    if a is None or b is None or a.name == b.name:
+        return None
+    found = paired_difference(_accuracies(run, a), _accuracies(run, b), seed)
+    return Difference(mean=found[0], low=found[1], high=found[2]) if found else None
+
+
+def _last_word(records: Iterable[Record]) -> dict[int, Record]:
+    """Return the record that counts of each trial: its first result, or else its last failure."""
+    chosen: dict[int, Record] = {}
+    for record in records:
+        known = chosen.get(record.number)
+        if known is None or known.result is None:
+            chosen[record.number] = record
+    return chosen
+
+
+def _selected(final: FinalRecord) -> float:
+    return float(np.mean([s.margin for s in final.selected])) if final.selected else -math.inf
+
+
+def _importance(run: Path, finished: int) -> tuple[dict[str, float], str]:
+    """Return how much each searched parameter explains, or why that cannot be told."""
+    from adasearch.dashboard import FEW_TRIALS, parameter_importance
+
+    if finished < FEW_TRIALS:
+        return {}, f"Needs at least {FEW_TRIALS} scored trials, there are {finished}: raise `trials` and run again."
+    found = parameter_importance(run)
+    if not found:
+        return (
+            {},
+            "The study database is missing or its trials do not differ enough; `adasearch rebuild` makes it again.",
+        )
+    note = "Share of what sets the best trials apart (PED-ANOVA on the trials of the study)."
+    small = " With so few trials this is a hint at most." if finished < 4 * len(found) else ""
+    return found, note + small
+
+
+def gather(run: Path, study: StudyConfig) -> Findings:
+    """Return what the records of a run say."""
+    chosen = _last_word(read_records(run))
+    dense_record = chosen.pop(DENSE, None)
+    scored = read_finals(run)
+    dense = next((f for f in scored if f.role == "dense"), None)
+    finals = sorted((f for f in scored if f.role == "finalist"), key=_selected, reverse=True)
+    recipes = sorted((f for f in scored if f.recipe), key=_selected, reverse=True)
+    best, recipe = next(iter(finals), None), next(iter(recipes), None)
+    finished = sum(r.result is not None for r in chosen.values())
+    importance, note = _importance(run, finished)
+    return Findings(
+        study=study,
+        records=tuple(chosen[number] for number in sorted(chosen)),
+        dense_record=dense_record,
+        dense=dense,
+        finals=tuple(finals),
+        best=best,
+        recipe=recipe,
+        versus_dense=_difference(run, best, dense, study.seed),
+        versus_recipe=_difference(run, best, recipe, study.seed),
+        importance=importance,
+        importance_note=note,
+    )
+
+
+def state_of(record: Record) -> str:
+    """Return ``complete``, ``stopped`` or ``failed``."""
+    if record.result is None:
+        return "failed"
+    return "stopped" if record.result.stopped else "complete"
+
+
+def _row(
+    record: Record, final: FinalRecord | None, dense: FinalRecord | None, dense_parameters: float
+) -> dict[str, object]:
+    """Return the row of a model, without its rank."""
+    result = record.result
+    score, stderr = mean_score(final.report) if final else (math.nan, math.nan)
+    whole = mean_score(dense.report)[0] if dense else math.nan
+    parameters = result.parameters if result else None
+    return {
+        "trial": "dense" if record.number == DENSE else str(record.number),
+        "recipe": record.recipe or "",
+        "search_score": result.score if result else math.nan,
+        "search_stderr": result.stderr if result else math.nan,
+        "report_score": score,
+        "report_stderr": stderr,
+        "retained": score / whole if whole else math.nan,
+        "parameters": parameters,
+        "removed": 1 - parameters / dense_parameters if parameters else math.nan,
+        "seconds": sum(result.seconds.values()) if result else math.nan,
+        "state": "dense" if record.number == DENSE else state_of(record),
+    }
+
+
+def dense_parameters_of(findings: Findings) -> float:
+    """Return the parameter count of the dense model, nan where no record tells it."""
+    if findings.dense is not None:
+        return findings.dense.parameters
+    record = findings.dense_record
+    return record.result.parameters if record and record.result else math.nan
+
+
+def ranked(findings: Findings) -> list[Record]:
+    """Return the trials, best first: finalists by their select items, then by search score, stopped and failed last."""
+    place = {f.trial: i for i, f in enumerate(findings.finals)}
+    order = {"complete": 0, "stopped": 1, "failed": 2}
+
+    def key(record: Record) -> tuple[float, ...]:
+        score = record.result.score if record.result else 0.0
+        return (place.get(record.number, len(place)), order[state_of(record)], -score, record.number)
+
+    return sorted(findings.records, key=key)
+
+
+def _table(findings: Findings) -> pd.DataFrame:
+    finals = {f.trial: f for f in (*findings.finals, *([findings.recipe] if findings.recipe else []))}
+    whole = dense_parameters_of(findings)
+    rows = []
+    if findings.dense_record is not None:
+        rows.append({"rank": None, **_row(findings.dense_record, findings.dense, findings.dense, whole)})
+    for rank, record in enumerate(ranked(findings), start=1):
+        counted = rank if record.result is not None else None
+        rows.append({"rank": counted, **_row(record, finals.get(record.number), findings.dense, whole)})
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    return table.astype({"rank": "Int64", "parameters": "Int64"})
+
+
+def leaderboard(run: Path, study: StudyConfig) -> pd.DataFrame:
+    """Return one row for the dense model and each trial, best first, and write it to ``leaderboard.csv``.
+
+    Search scores are what the optimizer saw; report scores exist for finalists, the best recipe and the dense model.
+    """
+    return _write_table(run, gather(run, study))
+
+
+def _write_table(run: Path, findings: Findings) -> pd.DataFrame:
+    table = _table(findings)
+    write_atomically(run / "leaderboard.csv", table.to_csv(index=False, float_format="%.6g").encode())
+    return table
+
+
+def report(run: Path, study: StudyConfig) -> Path:
+    """Write ``report.html``, one file that needs nothing else, and return its path."""
+    from adasearch.report_html import page
+
+    return _write_page(run, page(gather(run, study), run))
+
+
+def _write_page(run: Path, text: str) -> Path:
+    path = run / "report.html"
+    write_atomically(path, text.encode())
+    return path
+
+
+def write(run: Path, study: StudyConfig) -> Path:
+    """Write ``leaderboard.csv`` and ``report.html`` of a run and return the path of the report."""
+    from adasearch.report_html import page
+
+    findings = gather(run, study)
+    _write_table(run, findings)
+    return _write_page(run, page(findings, run))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptWidths:
+    """Fraction of units that a trial keeps, by kind (``attention``, ``mlp``) and layer; nan where nothing is cut."""
+
+    trial: int
+    label: str
+    kept: dict[str, tuple[float, ...]]
+
+
+def _units_key(record: Record) -> str:
+    return str((record.config or {}).get("units", {}).get("attention", "kv_group"))
+
+
+def kept_widths(findings: Findings, top: int) -> list[KeptWidths]:
+    """Return the kept widths of the `top` best trials with a result, best first.
+
+    Widths are relative to those of the dense model; for units other than its own, to the greatest that a trial kept.
+    """
+    full: dict[str, dict[str, int]] = {}
+    dense = findings.dense_record
+    for record in (*findings.records, *([dense] if dense else [])):
+        limits = full.setdefault(_units_key(record), {})
+        for name, width in (record.result.widths if record.result else {}).items():
+            limits[name] = max(width, limits.get(name, 0))
+    rows = [r for r in ranked(findings) if r.result is not None and r.result.widths][:top]
+    return [_kept(record, full[_units_key(record)]) for record in rows]
+
+
+def _kept(record: Record, full: Mapping[str, int]) -> KeptWidths:
+    assert record.result is not None
+    found: dict[str, dict[int, float]] = {}
+    for name, width in record.result.widths.items():
+        matched = _GROUP.search(name)
+        if matched:
+            kind = "mlp" if "mlp" in matched[2] else "attention"
+            found.setdefault(kind, {})[int(matched[1])] = width / full[name]
+    layers = 1 + max((max(by_layer) for by_layer in found.values()), default=-1)
+    kept = {kind: tuple(by_layer.get(i, math.nan) for i in range(layers)) for kind, by_layer in found.items()}
+    label = f"trial {record.number}" + (f" ({record.recipe})" if record.recipe else "")
+    return KeptWidths(trial=record.number, label=label, kept=kept)

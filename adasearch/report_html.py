@@ -1,0 +1,396 @@
+"""``report.html``: what a run found, on one page that needs no network, reads on a phone and prints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from adasearch import pictures
+from adasearch.config import TaskScore
+from adasearch.records import FinalRecord, Record
+from adasearch.report import Difference, Findings, dense_parameters_of, kept_widths, mean_score, ranked, state_of
+from adasearch.report_style import STYLE
+
+TOP_TRIALS = 10
+TABLE_TRIALS = 20
+
+
+def _percent(number: float, digits: int = 1) -> str:
+    return "–" if math.isnan(number) else f"{100 * number:.{digits}f} %"
+
+
+def _points(mean: float | None, stderr: float | None = None) -> str:
+    """Return a fraction as percent, with its standard error."""
+    if mean is None or math.isnan(mean):
+        return "–"
+    return f"{100 * mean:.1f}" + (f" ± {100 * stderr:.1f}" if stderr is not None else "")
+
+
+def _count(number: float | None) -> str:
+    if number is None or math.isnan(number):
+        return "–"
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "–"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
+    """Return a table; rows have a class and cells of HTML; columns named ``<...`` range left, ``<<...`` also wrap."""
+    css = ["left" if name.startswith("<") or i == 0 else "" for i, name in enumerate(head)]
+    css = [f"{c} text" if name.startswith("<<") else c for c, name in zip(css, head, strict=True)]
+    heads = "".join(f'<th class="{c}">{escape(name.lstrip("<"))}</th>' for c, name in zip(css, head, strict=True))
+    body = ""
+    for kind, row in rows:
+        cells = "".join(f'<td class="{c}">{cell}</td>' for c, cell in zip(css, row, strict=True))
+        body += f'<tr class="{kind}">{cells}</tr>'
+    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _section(key: str, title: str, *parts: str) -> str:
+    return f'<section id="{key}"><h2>{escape(title)}</h2>{"".join(parts)}</section>'
+
+
+def _figure(svg: str, caption: str) -> str:
+    return f'<figure><div class="figure">{svg}</div><figcaption>{caption}</figcaption></figure>'
+
+
+def _name(final: FinalRecord) -> str:
+    """Return what a scored model is called on the page."""
+    return escape(f"{final.recipe} (trial {final.trial})" if final.recipe else f"trial {final.trial}")
+
+
+def _card(figure: str, text: str) -> str:
+    return f'<div class="card"><b>{figure}</b><span>{text}</span></div>'
+
+
+def verdict(difference: Difference | None, other: str) -> str:
+    """Return a sentence on a paired difference; without a difference that is shown it claims none."""
+    if difference is None:
+        return ""
+    mean, low, high = (f"{100 * x:+.1f}".replace("-", "−") for x in (difference.mean, difference.low, difference.high))
+    span = f"{mean} points, 95 % interval {low} to {high}"
+    if not difference.shown:
+        return f"<p>Against {other}: <b>no difference shown</b> ({span}).</p>"
+    word, css = ("better", "good") if difference.mean > 0 else ("worse", "bad")
+    return f'<p>Against {other}: <b class="{css}">{word}</b> ({span}).</p>'
+
+
+def _headline(f: Findings) -> str:
+    if f.best is None:
+        return _early_headline(f)
+    score, stderr = mean_score(f.best.report)
+    cards = [_card(_points(score, stderr), f"report score of the best model, {_name(f.best)}")]
+    if f.dense is not None:
+        whole, error = mean_score(f.dense.report)
+        cards.append(_card(_points(whole, error), "report score of the dense model"))
+        cards.append(_card(_percent(score / whole if whole else math.nan), "of the dense score retained"))
+    left = f"{_count(f.best.parameters)} left of {_count(dense_parameters_of(f))}"
+    cards.append(_card(_percent(f.best.removed), f"of all parameters removed, {left}"))
+    words = verdict(f.versus_dense, "the dense model")
+    if f.recipe is not None and f.recipe.name == f.best.name:
+        words += "<p>The best model is a published recipe: the search found nothing better on the select items.</p>"
+    elif f.recipe is not None:
+        words += verdict(f.versus_recipe, f"the best published recipe, {_name(f.recipe)}")
+    note = "Paired over the same report items, bootstrap within tasks; they were scored once, after the search."
+    box = f'<div class="verdict">{words}<p class="soft">{note}</p></div>' if words else ""
+    return f'<div class="cards">{"".join(cards)}</div>{box}'
+
+
+def _early_headline(f: Findings) -> str:
+    """Return what can be said before any finalist is scored: no promise."""
+    scored = [r for r in f.records if state_of(r) == "complete"]
+    cards = [_card(f"{len(f.records)}", f"of {f.study.trials} trials on record, {len(scored)} scored in full")]
+    best = max(scored, key=lambda r: r.result.score if r.result else 0.0, default=None)
+    if best is not None and best.result is not None:
+        text = f"best search score, trial {best.number}; an optimistic estimate"
+        cards.append(_card(f"{best.result.score:.3f} ± {best.result.stderr:.3f}", text))
+    return f'<div class="cards">{"".join(cards)}</div><p>No finalist has been scored on the report items yet.</p>'
+
+
+def _task_rows(columns: Sequence[FinalRecord]) -> list[tuple[str, list[str]]]:
+    tasks = list(dict.fromkeys(s.task for c in columns for s in c.report))
+    by_task: list[dict[str, TaskScore]] = [{s.task: s for s in c.report} for c in columns]
+    rows: list[tuple[str, list[str]]] = []
+    for task in tasks:
+        block: list[list[str]] = []
+        for metric in ("acc", "acc_norm", "margin"):
+            cells = []
+            for scores in by_task:
+                s = scores.get(task)
+                cells.append(_points(getattr(s, metric), getattr(s, f"{metric}_stderr")) if s else "–")
+            if any(cell != "–" for cell in cells):
+                number = next(s[task].n for s in by_task if task in s)
+                first = f'{escape(task)} <span class="soft">({number:,} items)</span>' if metric == "acc" else ""
+                block.append([first, metric, *cells])
+        rows += [("more" if i < len(block) - 1 else "", cells) for i, cells in enumerate(block)]
+    rows.append(("total", ["mean", "acc_norm, else acc", *(_points(*mean_score(c.report)) for c in columns)]))
+    return rows
+
+
+def _scored(f: Findings) -> list[FinalRecord]:
+    """Return the models of the score tables: dense, best, best recipe."""
+    found = [x for x in (f.dense, f.best, f.recipe) if x is not None]
+    return list({x.name: x for x in found}.values())
+
+
+def _heads(f: Findings) -> list[str]:
+    titles = {f.dense.name: "dense"} if f.dense else {}
+    if f.recipe:
+        titles[f.recipe.name] = f"best recipe: {f.recipe.recipe}"
+    if f.best:
+        best = f"best: trial {f.best.trial}" + (f", recipe {f.best.recipe}" if f.best.recipe else "")
+        titles[f.best.name] = best
+    return [titles[c.name] for c in _scored(f)]
+
+
+def _scores(f: Findings) -> str:
+    columns = _scored(f)
+    if not columns:
+        return ""
+    rule = (
+        "<p>Zero-shot, percent ± standard error over items. The report score is the mean over tasks of "
+        "<code>acc_norm</code> where a task has it, else of <code>acc</code>; every task weighs the same.</p>"
+    )
+    parts = [rule, _table(["task", "<metric", *_heads(f)], _task_rows(columns))]
+    corpora = sorted({name for c in columns for name in c.perplexity})
+    if corpora:
+        rows = []
+        for name in corpora:
+            found = [f"{c.perplexity[name]:.2f}" if name in c.perplexity else "–" for c in columns]
+            rows.append(("", [escape(name), *found]))
+        parts.append("<h3>Perplexity</h3>")
+        parts.append(_table(["corpus@window in tokens", *_heads(f)], rows))
+    return _section("scores", "Scores on report items", *parts)
+
+
+def _finalists(f: Findings) -> str:
+    if not f.finals:
+        return ""
+    extra = [f.recipe] if f.recipe and f.recipe.name not in {x.name for x in f.finals} else []
+    whole = mean_score(f.dense.report)[0] if f.dense else math.nan
+    rows = []
+    for rank, final in enumerate((*f.finals, *extra), start=1):
+        score, stderr = mean_score(final.report)
+        select = [s.margin for s in final.selected]
+        rank_cell = str(rank) if final.role == "finalist" else "–"
+        cells = [rank_cell, _name(final), f"{sum(select) / len(select):.3f}" if select else "–", _points(score, stderr)]
+        cells += [_percent(score / whole if whole else math.nan), _count(final.parameters)]
+        cells += [_percent(final.removed), _duration(sum(final.seconds.values())), escape(final.export or "–")]
+        rows.append(("strong" if rank == 1 else "", cells))
+    head = ["rank", "<model", "select margin", "report score", "retained", "parameters", "removed", "time", "<export"]
+    note = (
+        "<p>Fine-tuned in full, ranked by their margin on the select items; report items had no say in the order.</p>"
+    )
+    return _section("finalists", "Finalists", note, _table(head, rows))
+
+
+def _kind(record: Record) -> str:
+    if state_of(record) == "stopped":
+        return "stopped"
+    return "recipe" if record.recipe else "proposal"
+
+
+def _hint(record: Record) -> str:
+    assert record.result is not None
+    name = f" ({record.recipe})" if record.recipe else ""
+    stopped = ", stopped early" if record.result.stopped else ""
+    return f"trial {record.number}{name}: {record.result.score:.4f} ± {record.result.stderr:.4f}{stopped}"
+
+
+def _marks(records: Iterable[Record], *, by_time: bool) -> list[pictures.Point]:
+    return [
+        pictures.Point(
+            x=sum(r.result.seconds.values()) if by_time else r.number,
+            y=r.result.score,
+            stderr=r.result.stderr,
+            kind=_kind(r),
+            hint=_hint(r),
+        )
+        for r in records
+        if r.result is not None
+    ]
+
+
+_KEY = (
+    '<div class="key"><span><i></i>proposal</span><span><i class="recipe"></i>published recipe</span>'
+    '<span><i class="stopped"></i>stopped early</span>'
+)
+
+
+def _history(f: Findings) -> str:
+    marks = _marks(f.records, by_time=False)
+    if not marks:
+        return ""
+    dense = f.dense_record.result.score if f.dense_record and f.dense_record.result else None
+    svg = pictures.scatter(
+        marks, names=("trial", f"search score ({f.study.objective.metric})"), dense=dense, staircase=True
+    )
+    lines = '<span><i class="line"></i>best so far</span><span><i class="line dense"></i>dense</span></div>'
+    caption = (
+        "Bars are one standard error over items. These scores are optimistic: <a href='#meaning'>what they mean</a>."
+    )
+    best = [_trial_row(i, r) for i, r in enumerate(ranked(f)[:TABLE_TRIALS], start=1) if r.result is not None]
+    table = _table(["#", "<trial", "search score", "parameters", "time", "<state", "<<configuration"], best)
+    title = f"<h3>The {len(best)} best trials</h3>" if len(best) < len(marks) else "<h3>All scored trials</h3>"
+    if f.finals:
+        title += '<p class="soft">Finalists first, in their final order; the others by search score.</p>'
+    return _section("history", "Search", _KEY, lines, _figure(svg, caption), title, table)
+
+
+def _brief(record: Record) -> str:
+    """Return the parts of a configuration in one line."""
+    config = record.config or {}
+    parts = [
+        str(config[key].get("type", ""))
+        for key in ("importance", "allocation", "compensation", "recovery")
+        if key in config
+    ]
+    corpus = config.get("calibration", {}).get("corpus", "")
+    return escape(" · ".join([*parts, *([f"calibrated on {corpus}"] if corpus else [])]))
+
+
+def _trial_row(place: int, record: Record) -> tuple[str, list[str]]:
+    assert record.result is not None
+    name = f"{record.number}" + (f" ({record.recipe})" if record.recipe else "")
+    score = f"{record.result.score:.4f} ± {record.result.stderr:.4f}"
+    cells = [str(place), escape(name), score, _count(record.result.parameters)]
+    seconds = sum(record.result.seconds.values())
+    return "", [*cells, _duration(seconds), state_of(record), _brief(record)]
+
+
+def _time(f: Findings) -> str:
+    marks = _marks(f.records, by_time=True)
+    if len(marks) < 2:
+        return ""
+    svg = pictures.scatter(marks, names=("seconds of the trial", "search score"))
+    phases: dict[str, float] = {}
+    for record in f.records:
+        for phase, seconds in (record.result.seconds if record.result else {}).items():
+            phases[phase] = phases.get(phase, 0.0) + seconds
+    total = sum(phases.values()) or 1.0
+    rows = [
+        ("", [escape(p), _duration(s), _percent(s / total)]) for p, s in sorted(phases.items(), key=lambda x: -x[1])
+    ]
+    caption = "Does a longer recovery pay? Points to the right cost more."
+    table = _table(["phase", "all trials together", "share"], rows)
+    return _section("time", "Score and time", _KEY, "</div>", _figure(svg, caption), table)
+
+
+def _importance(f: Findings) -> str:
+    picture = _figure(pictures.bars(f.importance), escape(f.importance_note)) if f.importance else ""
+    note = "" if f.importance else f'<p class="soft">{escape(f.importance_note)}</p>'
+    return _section("importance", "Which parameters matter", picture, note)
+
+
+def _widths(f: Findings) -> str:
+    rows = kept_widths(f, TOP_TRIALS)
+    if not rows:
+        return ""
+    best = rows[0]
+    parts = [_figure(pictures.layer_bars(best.kept), f"Kept by the best, {escape(best.label)}. Hover for figures.")]
+    for kind in sorted(best.kept):
+        strips = [(row.label, row.kept.get(kind, ())) for row in rows]
+        title = escape(pictures.TITLES.get(kind, kind))
+        caption = f"{title} units kept by the {len(rows)} best trials, best first: the stronger, the more is kept."
+        parts.append(_figure(pictures.heatmap(strips, kind), caption))
+    return _section("widths", "What was kept, layer by layer", *parts)
+
+
+def _failures(f: Findings) -> str:
+    failed = [r for r in f.records if r.failure is not None and r.result is None]
+    if not failed:
+        return _section("failures", "Failures", "<p>No trial failed.</p>")
+    rows = []
+    for r in failed:
+        assert r.failure is not None
+        message = f'<span title="{escape(r.failure.message, quote=True)}">{escape(r.failure.message[:300])}</span>'
+        name = f"{r.number}" + (f" ({r.recipe})" if r.recipe else "")
+        cells = [escape(name), escape(r.failure.kind), escape(r.failure.phase or "–"), str(r.attempt + 1), message]
+        rows.append(("", cells))
+    table = _table(["trial", "<kind", "<phase", "attempts", "<<reason"], rows)
+    return _section("failures", "Failures", f"<p>{len(failed)} of {len(f.records)} trials gave no score.</p>", table)
+
+
+def _meaning(f: Findings) -> str:
+    objective = f.study.objective
+    margin = (
+        "<b>Margin</b> is the probability of the right choice, corrected for chance: 0 is guessing, 1 is certain. "
+        "It is less noisy than accuracy at the same number of items."
+    )
+    bias = (
+        "<b>Search scores are optimistic.</b> The best of many noisy estimates is too high on average, so the winner's "
+        "search score says little about the model itself. That is why the finalists were chosen on <i>select</i> items "
+        "and scored on <i>report</i> items that no earlier step had seen."
+    )
+    stopped = (
+        "A trial stopped early was behind the best with confidence; its score is an estimate from its first items."
+    )
+    tasks = ", ".join(f"<code>{escape(t)}</code>" for t in objective.search)
+    used = f"The search maximised the mean {escape(objective.metric)} over {tasks}, {objective.items} items each."
+    interval = (
+        "<b>No difference shown</b> means that the 95 % interval of the paired difference holds 0. It is no proof that "
+        "two models are equal: with more report items a difference may show."
+    )
+    return _section(
+        "meaning", "What the scores mean", *(f"<p>{text}</p>" for text in (used, margin, bias, stopped, interval))
+    )
+
+
+def _next(f: Findings, run: Path) -> str:
+    """Return commands to go on with; the run folder is named as the user sees it from beside it."""
+    name = run.name
+    lines = [f"adasearch dashboard {name}", f"adasearch report {name}"]
+    python = ""
+    if f.best is not None and f.best.export:
+        folder = f"{name}/{f.best.export}"
+        lines.insert(0, f"adasearch verify {folder}")
+        code = f'import adasearch\n\nmodel = adasearch.load("{folder}")'
+        python = f"<p>Use the best model:</p><pre><code>{escape(code)}</code></pre>"
+    more = (
+        f"<p>For a longer search raise <code>trials</code> (now {f.study.trials}) in the study file and run it again "
+        "with <code>adasearch run</code>: it goes on where it was. Close results deserve more <code>items</code> under "
+        "<code>report</code> before one is called better.</p>"
+    )
+    where = '<p class="soft">From the folder that holds the run:</p>'
+    shell = f"<pre><code>{escape(chr(10).join(lines))}</code></pre>"
+    return _section("next", "What to do next", python, where, shell, more)
+
+
+def page(findings: Findings, run: Path) -> str:
+    """Return the report of a run as one HTML document.
+
+    Args:
+        findings: what `adasearch.report.gather` returned.
+        run: run folder; only its name is shown.
+    """
+    study = findings.study
+    sections = [
+        _scores(findings), _finalists(findings), _history(findings), _widths(findings), _importance(findings),
+        _time(findings), _failures(findings), _meaning(findings), _next(findings, run),
+    ]  # fmt: skip
+    titles = {"scores": "Scores", "finalists": "Finalists", "history": "Search", "widths": "Kept widths"}
+    titles |= {"importance": "Parameters", "time": "Time", "failures": "Failures", "meaning": "Meaning", "next": "Next"}
+    there = [(key, title) for key, title in titles.items() if any(f'<section id="{key}">' in s for s in sections)]
+    links = "".join(f'<a href="#{key}">{title}</a>' for key, title in there)
+    of = "all" if study.budget.of == "all" else "non-embedding"
+    budget = f"remove {100 * study.budget.remove:g} % of {of} parameters"
+    line = f"{study.model.name} · {budget} · {study.trials} trials · seed {study.seed}"
+    head = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<title>{escape(study.name)}: adasearch report</title><style>{STYLE}</style></head>"
+    )
+    top = f'<header><h1>{escape(study.name)}</h1><p class="soft">{escape(line)}</p><nav>{links}</nav></header>'
+    return f"{head}<body><main>{top}{_headline(findings)}{''.join(sections)}</main></body></html>\n"

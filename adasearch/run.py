@@ -1,0 +1,243 @@
+"""The main job: check everything, search, fine-tune and export the best, write it up. Goes on where it was."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from adasearch.checks import Checked, check_study
+from adasearch.config import StudyConfig, load_study, study_from_dict
+from adasearch.display import open_display
+from adasearch.documents import read_yaml
+from adasearch.environment import machine, versions
+from adasearch.errors import ConfigError, StorageError
+from adasearch.records import DENSE, read_records, write_atomically, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from adasearch.search.executor import Executor
+
+
+def open_executor(study: StudyConfig, run: Path) -> Executor:
+    """Return the executor that the study's `cluster` section asks for, its workers opened on first use."""
+    from adasearch.worker import open_worker
+
+    threads = study.cluster.threads or max(1, (os.cpu_count() or 1) // study.cluster.workers)
+    factory = functools.partial(open_worker, study, str(run.resolve()), threads)
+    if study.cluster.address == "in_process":
+        from adasearch.search.executor import InProcessExecutor
+
+        return InProcessExecutor(factory)
+    from adasearch.search.ray_executor import RayExecutor
+
+    return RayExecutor(
+        factory,
+        workers=study.cluster.workers,
+        threads=threads,
+        gpus=_gpus_per_worker(study),
+        address=study.cluster.address,
+    )
+
+
+def _gpus_per_worker(study: StudyConfig) -> float:
+    if study.cluster.gpus_per_worker is not None:
+        return study.cluster.gpus_per_worker
+    if study.cluster.address is not None:
+        return 0.0
+    from adasearch.models import num_gpus
+
+    return num_gpus() / study.cluster.workers
+
+
+def _write_manifest(run: Path, study: StudyConfig, checked: Checked) -> None:
+    """Write what the figures of a run depend on: versions, seeds, model, items of each split, hardware."""
+    write_json(
+        run / "manifest.json",
+        {
+            "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "fingerprint": study.fingerprint,
+            "seed": study.seed,
+            "versions": versions(),
+            "machine": machine(),
+            "model": {
+                "name": study.model.name,
+                "digest": checked.model_digest,
+                "parameters": checked.structure.parameters,
+            },
+            "target_parameters": checked.target,
+            "items": {role: {task: list(ids) for task, ids in tasks.items()} for role, tasks in checked.items.items()},
+        },
+    )
+
+
+def open_run(run: Path, study: StudyConfig) -> None:
+    """Make the run folder, or check that the one that is there belongs to this study.
+
+    Raises:
+        StorageError: the folder holds another study or cannot be written.
+    """
+    path = run / "config.yaml"
+    if path.exists():
+        earlier = load_run(run)
+        if earlier.fingerprint != study.fingerprint:
+            changed = ", ".join(_differences(earlier, study))
+            advice = "give another folder with --out, or another name in the study"
+            raise StorageError(f"{run}: holds another study: {changed} differ; {advice}")
+    elif run.exists() and any(run.iterdir()) and not (run / "lease.json").exists():
+        raise StorageError(f"{run}: must be empty or a run of this study; give another folder with --out")
+    text = yaml.safe_dump(study.to_dict(), sort_keys=False, allow_unicode=True)
+    write_atomically(path, text.encode())
+
+
+def _differences(one: StudyConfig, two: StudyConfig) -> list[str]:
+    a, b = one.to_dict(), two.to_dict()
+    searched = ("model", "space", "budget", "objective", "trial", "recipes", "seed", "sampler", "racing")
+    return [key for key in searched if a[key] != b[key]]
+
+
+def load_run(run: Path) -> StudyConfig:
+    """Return the study that a run folder was made with.
+
+    Raises:
+        ConfigError: the folder is no run.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(str(run), "must be a run folder, which holds config.yaml")
+    data = read_yaml(path)
+    if os.environ.get("ADASEARCH_DATA_ROOT"):
+        data["data_root"] = os.environ["ADASEARCH_DATA_ROOT"]
+    return study_from_dict(data, f"{path}:", path)
+
+
+def run_study(path: Path, *, out: Path | None, say: Callable[[str], None]) -> Path:
+    """Run the study in the file `path` to its end and return its run folder.
+
+    Args:
+        path: study file.
+        out: run folder, None for ``runs/<study name>``.
+        say: called with each line for the user.
+
+    Raises:
+        AdaSearchError: what is wrong, where, and what was kept.
+    """
+    from adasearch.finalize import finalize
+    from adasearch.search.driver import run_search
+    from adasearch.search.lease import hold
+    from adasearch.search.space import Space
+
+    _quieten()
+    study = load_study(path)
+    run = out or Path("runs") / study.name
+    checked = check_study(study, f"{path}:", run)
+    run.mkdir(parents=True, exist_ok=True)
+    with hold(run):
+        open_run(run, study)
+        _write_manifest(run, study, checked)
+        space = Space.from_config(study.space, study.trial, seed=study.seed)
+        say(f"{study.name}: {checked.summary} -> {run}")
+        with open_executor(study, run) as executor:
+            with open_display(study.trials, study.name) as display:
+                run_search(study, space, run, executor, display.observe)
+            with open_display(0, study.name) as display:
+                finalize(study, run, executor, display)
+        report = write_report(run)
+    for line in status(run):
+        say(line)
+    say(f"report: {report}")
+    return run
+
+
+def _quieten() -> None:
+    """Keep libraries from writing between the lines of the display."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("optuna", "lm_eval", "lm-eval", "ray", "datasets", "transformers", "filelock", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def write_report(run: Path) -> Path:
+    """Write ``leaderboard.csv`` and ``report.html`` of a run and return the report's path."""
+    from adasearch.report import write
+
+    return write(run, load_run(run))
+
+
+def rebuild(run: Path) -> str:
+    """Make ``study.db`` again from the trial records and return what was done."""
+    from adasearch.search.lease import hold
+    from adasearch.search.space import Space
+    from adasearch.search.study import rebuild as rebuild_study
+
+    study = load_run(run)
+    with hold(run):
+        count = rebuild_study(run, study, Space.from_config(study.space, study.trial, seed=study.seed))
+    return f"{run / 'study.db'} rebuilt from {count} trial records"
+
+
+def status(run: Path) -> Iterator[str]:
+    """Yield lines that say where a run stands."""
+    study = load_run(run)
+    records = read_records(run)
+    dense = next((r.result for r in records if r.number == DENSE and r.result), None)
+    scored = [r for r in records if r.number != DENSE and r.result]
+    stopped = sum(r.result.stopped for r in scored if r.result)
+    failed = {r.number for r in records if r.failure} - {r.number for r in scored}
+    yield f"trials: {len(scored) + len(failed)} of {study.trials} done, {stopped} stopped early, {len(failed)} failed"
+    if dense:
+        yield f"dense search score: {dense.score:.4f} ± {dense.stderr:.4f}"
+    full = [r for r in scored if r.result and not r.result.stopped]
+    if full:
+        best = max(full, key=lambda r: r.result.score if r.result else 0.0)
+        assert best.result is not None
+        name = f" ({best.recipe})" if best.recipe else ""
+        yield f"best search score:  {best.result.score:.4f} ± {best.result.stderr:.4f}, trial {best.number}{name}"
+    for number in sorted(failed):
+        last = [r for r in records if r.number == number and r.failure][-1].failure
+        yield (
+            f"trial {number} failed: {last}" if last is None else f"trial {number} failed: {last.kind}: {last.message}"
+        )
+    for folder in sorted((run / "export").glob("*")):
+        yield f"exported: {folder}"
+
+
+def replay(run: Path, number: int) -> Iterator[str]:
+    """Run one recorded trial again, in this process, and yield how its score compares.
+
+    Raises:
+        ConfigError: the run has no such trial.
+    """
+    from adasearch.trial import run_trial
+    from adasearch.worker import open_workbench
+
+    _quieten()
+    study = load_run(run)
+    record = next((r for r in read_records(run) if r.number == number and r.result), None)
+    if record is None or record.config is None or record.result is None:
+        numbers = sorted({r.number for r in read_records(run) if r.result and r.number != DENSE})
+        raise ConfigError("--trial", f"must be a trial with a score, given {number}; the run has {numbers}")
+    threads = int(record.environment.get("threads", "1"))
+    bench = open_workbench(study, str(run.resolve()), threads)
+    yield f"trial {number}: recorded score {record.result.score:.6f} on {record.result.items} items"
+    result, _ = run_trial(record.config, bench)
+    yield f"trial {number}: replayed score {result.score:.6f} on {result.items} items"
+    same = result.score == record.result.score
+    yield (
+        "equal"
+        if same
+        else f"difference {result.score - record.result.score:+.6f}"
+        + (" (the recorded trial had stopped early)" if record.result.stopped else "")
+    )
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file of a run holds."""
+    return json.loads(path.read_text(encoding="utf-8"))

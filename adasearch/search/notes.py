@@ -1,0 +1,83 @@
+"""What a reader finds beside a trial and a study in the dashboard: Markdown, made from records. Pure."""
+
+from __future__ import annotations
+
+from adasearch.config import StudyConfig, TaskScore, TrialResult
+from adasearch.records import Record
+
+_ESCAPED = str.maketrans({c: f"\\{c}" for c in "\\`*_{}[]<>|#$"})
+
+
+def escaped(text: str) -> str:
+    """Return `text` so that Markdown and HTML show it as it is."""
+    return text.translate(_ESCAPED)
+
+
+def _cell(score: float | None, stderr: float | None) -> str:
+    return "" if score is None else f"{score:.4f} ± {stderr or 0.0:.4f}"
+
+
+def _task_rows(tasks: tuple[TaskScore, ...], dense: TrialResult | None) -> list[str]:
+    known = {task.task: task for task in dense.tasks} if dense else {}
+    rows = ["| task | items | acc | acc_norm | margin | acc, dense |", "|---|---|---|---|---|---|"]
+    for task in tasks:
+        other = known.get(task.task)
+        cells = (
+            escaped(task.task),
+            str(task.n),
+            _cell(task.acc, task.acc_stderr),
+            _cell(task.acc_norm, task.acc_norm_stderr),
+            _cell(task.margin, task.margin_stderr),
+            _cell(other.acc, other.acc_stderr) if other else "",
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def _pairs(title: str, pairs: dict[str, str]) -> list[str]:
+    rows = [f"| {escaped(key)} | {escaped(item)} |" for key, item in pairs.items()]
+    return ["", f"| {title} | |", "|---|---|", *rows]
+
+
+def trial_note(record: Record, dense: TrialResult | None) -> str:
+    """Return what a trial is and what came of it, beside the dense model where that is known."""
+    lines = [f"Recipe **{escaped(record.recipe)}**" if record.recipe else "Proposed by the sampler", ""]
+    if record.failure:
+        phase = f" while in phase {escaped(record.failure.phase)}" if record.failure.phase else ""
+        lines.append(f"**Failed** ({record.failure.kind}){phase}: {escaped(record.failure.message)}")
+    result = record.result
+    if result is not None:
+        early = ", stopped early" if result.stopped else ""
+        lines.append(f"Score **{_cell(result.score, result.stderr)}** on {result.items} items{early}")
+        lines += ["", *_task_rows(result.tasks, dense)]
+        facts = {"parameters": f"{result.parameters:,}", "peak memory, MiB": f"{result.peak_bytes / 2**20:.0f}"}
+        facts |= {key: str(item) for key, item in result.notes.items()}
+        lines += _pairs("fact", facts)
+        lines += _pairs("seconds", {key: f"{item:.1f}" for key, item in result.seconds.items()})
+    return "\n".join(lines)
+
+
+def study_note(config: StudyConfig, dense: TrialResult | None, best: Record | None) -> str:
+    """Return what a study is after, where it stands and how to go on from it."""
+    lines = [
+        f"Search for the best way to remove {config.budget.remove:.0%} of the parameters of "
+        f"`{config.model.name.replace('`', '')}`: {config.trials} trials, seed {config.seed}.",
+        "",
+        f"Objective: mean {config.objective.metric} over {', '.join(map(escaped, config.objective.search))}; "
+        f"{config.objective.items} items of each, higher is better.",
+        "",
+    ]
+    if dense is not None:
+        lines.append(f"- dense model: {_cell(dense.score, dense.stderr)}")
+    if best is not None and best.result is not None:
+        score, half = best.result.score, 1.96 * best.result.stderr
+        name = f" (recipe {escaped(best.recipe)})" if best.recipe else ""
+        interval = f"95 % interval {score - half:.4f} to {score + half:.4f}"
+        lines.append(f"- best trial: {best.number}{name}, {score:.4f}, {interval}")
+    lines += [
+        "",
+        "The best of many noisy scores is too high; the report has scores on items that the search never saw.",
+        "",
+        "Export a trial: `adasearch export RUN --trial N --format hf`",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,125 @@
+"""Open set of export formats: one file each, called ``export(model, base, structure, plan, folder, card)``.
+
+An entry takes the pruned model (`nn.Module`), the `BaseModel` it came from, its `ModelStructure` and `PruningPlan`, the
+folder to make and the `ModelCard`, and returns an `ExportReport`. It writes beside the folder, opens what it wrote,
+compares it with the model, and only then gives it its name; keyword `overwrite` lets it replace an earlier export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from adasearch.documents import value
+from adasearch.errors import ModelError
+from adasearch.records import FinalRecord
+
+MARKER = "adasearch.json"
+SUMS = "SHA256SUMS"
+
+
+@value
+class ModelCard:
+    """What the reader of an exported model should know about where it came from.
+
+    Args:
+        model: name of the base model as the study gives it.
+        study: name of the study, empty for a single pruning.
+        trial: number of the trial, None where there was no search.
+        recipe: name of the published recipe, None for a configuration that the search proposed.
+        config: the configuration, as `TrialConfig.to_dict` gives it.
+        budget: the study's budget.
+        recovery: the fine-tune before the export, as a mapping with its type.
+        record: scores and perplexity of this model, None when it was not scored.
+        dense: the same of the base model.
+        dense_parameters: number of parameters of the base model.
+        versions: of the packages that made it.
+        command: what to run to make it again.
+        licence: of the base model, None when it is unknown.
+    """
+
+    model: str
+    study: str = ""
+    trial: int | None = None
+    recipe: str | None = None
+    config: dict[str, Any] | None = None
+    budget: dict[str, Any] | None = None
+    recovery: dict[str, Any] | None = None
+    record: FinalRecord | None = None
+    dense: FinalRecord | None = None
+    dense_parameters: int = 0
+    seed: int = 0
+    versions: dict[str, str] | None = None
+    command: str = ""
+    licence: str | None = None
+
+
+@value
+class VerifyReport:
+    """What opening an export showed.
+
+    Args:
+        folder: the export.
+        files: number of files whose checksum was compared.
+        parameters: number of parameters of the model as loaded.
+        expected: number of parameters that the plan promises.
+        difference: greatest absolute difference of a logit from the model that was exported.
+        tolerance: greatest difference that is accepted.
+        cache_agrees: 16 tokens generated with and without a cache are the same.
+        fresh: it was opened in a process of its own.
+        problems: one sentence for each thing that is wrong; empty when the export is sound.
+    """
+
+    folder: str
+    files: int
+    parameters: int
+    expected: int
+    difference: float
+    tolerance: float
+    cache_agrees: bool
+    fresh: bool
+    problems: tuple[str, ...]
+
+    @property
+    def sound(self) -> bool:
+        """Return whether nothing is wrong."""
+        return not self.problems
+
+    def lines(self) -> Iterator[str]:
+        """Yield what was found, a line each, for a terminal."""
+        yield f"{self.folder}: {'sound' if self.sound else 'NOT sound'}"
+        yield f"files: {self.files} checksums compared"
+        if self.parameters:
+            yield f"parameters: {self.parameters:,}, expected {self.expected:,}"
+            yield f"logits: greatest difference {self.difference:.3g}, accepted {self.tolerance:.3g}"
+            yield f"generation with and without cache: {'equal' if self.cache_agrees else 'different'}"
+        yield from (f"problem: {problem}" for problem in self.problems)
+
+    def require(self) -> None:
+        """Return when the export is sound.
+
+        Raises:
+            ModelError: what is wrong with it.
+        """
+        if not self.sound:
+            raise ModelError(f"{self.folder}: {'; '.join(self.problems)}")
+
+
+@value
+class ExportReport:
+    """What was written.
+
+    Args:
+        folder: the export.
+        format: name of the entry.
+        layout: ``stock`` opens anywhere, ``per_layer`` needs adasearch or ``trust_remote_code=True``.
+        size: bytes of all files.
+        verified: what opening it showed, None for a format that cannot be opened here.
+    """
+
+    folder: str
+    format: str
+    layout: str
+    parameters: int
+    size: int
+    verified: VerifyReport | None

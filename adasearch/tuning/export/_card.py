@@ -1,0 +1,143 @@
+"""The ``README.md`` of an exported model: what it is, how good it is, how to open it and how to make it again."""
+
+from __future__ import annotations
+
+import re
+
+import yaml
+
+from adasearch.config import TaskScore
+from adasearch.tuning.export import ModelCard
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+_UNKNOWN_LICENCE = "unknown to adasearch; that of the base model applies, so look it up before you share this"
+
+_LOAD_STOCK = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/folder")"""
+
+_LOAD_PER_LAYER = """import adasearch
+
+model = adasearch.load("path/to/folder")  # runs no code from the folder"""
+
+_LOAD_TRUSTED = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/folder", trust_remote_code=True)  # runs modeling_adasearch.py
+tokenizer = AutoTokenizer.from_pretrained("path/to/folder")"""
+
+
+def _cell(text: object) -> str:
+    """Return `text` so that it cannot leave its table cell."""
+    return " ".join(str(text).replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def _figure(mean: float | None, stderr: float | None) -> str:
+    return "" if mean is None else f"{100 * mean:.2f} ± {100 * (stderr or 0.0):.2f}"
+
+
+def _scores(card: ModelCard) -> list[str]:
+    if card.record is None or not card.record.report:
+        return []
+    dense = {score.task: score for score in card.dense.report} if card.dense else {}
+    head = ["| task | items | acc | acc_norm |", "|---|---:|---:|---:|"]
+    if dense:
+        head = [head[0] + " dense acc | dense acc_norm |", head[1] + "---:|---:|"]
+
+    def row(score: TaskScore) -> str:
+        cells = [_cell(score.task), str(score.n)]
+        for known in (score, dense.get(score.task)) if dense else (score,):
+            cells.append(_figure(known.acc, known.acc_stderr) if known else "")
+            cells.append(_figure(known.acc_norm, known.acc_norm_stderr) if known else "")
+        return f"| {' | '.join(cells)} |"
+
+    note = "Zero-shot, in percent ± standard error over items; the search saw none of these items."
+    return ["## Scores", "", note, "", *head, *map(row, card.record.report), ""]
+
+
+def _perplexities(card: ModelCard) -> list[str]:
+    if card.record is None or not card.record.perplexity:
+        return []
+    dense = card.dense.perplexity if card.dense else {}
+    rows = [
+        f"| {_cell(name)} | {figure:.3f} | {format(dense[name], '.3f') if name in dense else ''} |"
+        for name, figure in sorted(card.record.perplexity.items())
+    ]
+    return ["## Perplexity", "", "| corpus@window | this model | dense |", "|---|---:|---:|", *rows, ""]
+
+
+def _loading(layout: str) -> list[str]:
+    if layout == "stock":
+        note = "Every layer has the same widths, so the stock class of the family opens it."
+        return ["## How to load it", "", note, "", "```python", _LOAD_STOCK, "```", ""]
+    note = "Layers differ from what the stock class can build. With adasearch installed:"
+    lines = ["## How to load it", "", note, "", "```python", _LOAD_PER_LAYER, "```", ""]
+    return [*lines, "Without it:", "", "```python", _LOAD_TRUSTED, "```", ""]
+
+
+def _block(title: str, data: object) -> list[str]:
+    return [title, "", "```yaml", yaml.safe_dump(data, sort_keys=False).rstrip(), "```", ""] if data else []
+
+
+def _origin(card: ModelCard) -> list[str]:
+    lines = ["## How it was made", ""]
+    if card.command:
+        lines += ["```sh", card.command, "```", ""]
+    lines += _block("Budget:", card.budget)
+    lines += _block("Configuration:", card.config)
+    lines += _block("Fine-tuned after the cut with:", card.recovery)
+    lines += [f"Seed {card.seed}. `plan.json` holds the kept units of every group.", ""]
+    if card.versions:
+        versions = ", ".join(f"{_cell(name)} {_cell(version)}" for name, version in sorted(card.versions.items()))
+        lines += [f"Versions: {versions}.", ""]
+    return lines
+
+
+def _front_matter(card: ModelCard) -> list[str]:
+    front: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front["tags"] = ["adasearch", "structured-pruning"]
+    if _HUB_ID.fullmatch(card.model):
+        front["base_model"] = card.model
+    if card.licence:
+        front["license"] = card.licence
+    return ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", ""]
+
+
+def model_card(card: ModelCard, *, title: str, layout: str, parameters: int, dense_parameters: int) -> str:
+    """Return the text of the model card.
+
+    Args:
+        card: where the model came from and how it scored.
+        title: heading.
+        layout: ``stock`` or ``per_layer``.
+        parameters: number of parameters.
+        dense_parameters: the same of the base model.
+    """
+    removed = 1 - parameters / dense_parameters
+    origin = f"the published recipe `{_cell(card.recipe)}`" if card.recipe else "a configuration found by search"
+    study = f" in study `{_cell(card.study)}`" if card.study else ""
+    trial = f", trial {card.trial}" if card.trial is not None and card.trial >= 0 else ""
+    licence = card.licence or _UNKNOWN_LICENCE
+    lines = [
+        *_front_matter(card),
+        f"# {_cell(title)}",
+        "",
+        f"Structured pruning of `{_cell(card.model)}` by adasearch: {origin}{study}{trial}.",
+        "",
+        "| | parameters |",
+        "|---|---:|",
+        f"| dense | {dense_parameters:,} |",
+        f"| this model | {parameters:,} |",
+        f"| removed | {100 * removed:.2f} % |",
+        "",
+        f"Licence: {_cell(licence)}.",
+        "",
+        *_loading(layout),
+        *_scores(card),
+        *_perplexities(card),
+        *_origin(card),
+        "Check the files with `sha256sum -c SHA256SUMS`, and the model with `adasearch verify` on this folder.",
+        "",
+    ]
+    return "\n".join(lines)

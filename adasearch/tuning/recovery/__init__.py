@@ -1,0 +1,61 @@
+"""Ways to make a cut model better again; an open set, one file each.
+
+Signature of an entry::
+
+    recover(model: nn.Module, structure: ModelStructure, tokens: LongTensor, options, context: RecoveryContext)
+        -> RecoveryReport
+
+`tokens` is a 1-D stream. The model is changed in place and is left in eval mode, of the dtype and shapes it had, with
+adapters merged and nothing that requires a gradient, also where an error is raised. Loss that is not finite raises
+``TrialError("nan", ..., "recover")``. Entries that train have the options `corpus` and `tokens`, read by the trial,
+which fetches the stream: `corpus` None means the corpus of the calibration. An option `distill` above 0 asks for the
+dense model in the context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
+
+import pydantic
+
+from adasearch.documents import value
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SequenceLength = Annotated[int, pydantic.Field(ge=8, le=8192)]
+
+
+@value
+class RecoveryContext:
+    """What a recovery needs beside model, structure, tokens and options.
+
+    Args:
+        seed: decides initial adapters and dropout.
+        device: where the model lies.
+        report: called after each step with (steps done, steps, loss); it may raise to stop the training.
+        teacher: the dense model, needed only where the option `distill` is above 0.
+    """
+
+    seed: int = 0
+    device: str = "cpu"
+    report: Callable[[int, int, float], None] | None = None
+    teacher: nn.Module | None = None
+
+
+@value
+class RecoveryReport:
+    """What a recovery did.
+
+    Args:
+        losses: mean next-token loss of each step, in nats per token, before that step's update.
+        tokens: tokens that were trained on.
+        seconds: wall time.
+        epochs: `tokens` over the length of the stream; above 1 the stream was repeated.
+    """
+
+    losses: tuple[float, ...] = ()
+    tokens: int = 0
+    seconds: float = 0.0
+    epochs: float = 0.0

@@ -1,0 +1,66 @@
+"""Full fine-tuning: AdamW over all weights, with float32 masters."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from adasearch.documents import Count, NonNegative, Positive, Share, value
+from adasearch.pruning.structure import ModelStructure
+from adasearch.registry import RECOVERY
+from adasearch.tuning.recovery import RecoveryContext, RecoveryReport, SequenceLength
+from adasearch.tuning.training import Masters, TrainingConfig, seeded, train
+
+
+@value
+class FullOptions:
+    """Settings of full fine-tuning.
+
+    Args:
+        tokens: tokens to train on.
+        length: tokens of a sequence.
+        batch: sequences of a step.
+        lr: greatest learning rate.
+        weight_decay: AdamW's, on matrices only.
+        warmup: share of the steps with a rising rate.
+        grad_clip: greatest gradient norm.
+        distill: weight of KL(dense || smaller) beside the next-token loss; costs one dense forward per step.
+        corpus: text to train on; None takes the corpus of the calibration.
+    """
+
+    tokens: Count = 131072
+    length: SequenceLength = 256
+    batch: Count = 8
+    lr: Positive = 5e-5
+    weight_decay: NonNegative = 0.0
+    warmup: Share = 0.1
+    grad_clip: Positive = 1.0
+    distill: NonNegative = 0.0
+    corpus: str | None = None
+
+
+@RECOVERY.register(options=FullOptions)
+def recover(
+    model: nn.Module,
+    structure: ModelStructure,  # noqa: ARG001 - signature of the set
+    tokens: Tensor,
+    options: FullOptions,
+    context: RecoveryContext,
+) -> RecoveryReport:
+    """Train every weight on the stream; the signature is that of the set.
+
+    Forward and backward run in the dtype of the model, the update in float32: for a bfloat16 model up to 18 bytes
+    per parameter are needed (weight 2, float32 gradient 4, master 4, AdamW 8). Masters, not autocast: one copy per
+    step replaces a cast of every weight in every forward.
+
+    Raises:
+        TrialError: a loss that is not finite, or a stream that is too short.
+    """
+    run = TrainingConfig.of(options)
+    model.requires_grad_(True)  # noqa: FBT003
+    try:
+        with seeded(context):
+            return train(model, Masters(list(model.parameters()), run), tokens, run, context)
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.requires_grad_(False)  # noqa: FBT003
+        model.eval()

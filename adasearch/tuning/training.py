@@ -1,0 +1,278 @@
+"""The training loop that every recovery shares: next-token loss in chunks, float32 masters, AdamW, cosine schedule.
+
+Two things dominate the cost of a short fine-tune on small models and are dealt with here. The logits over the
+vocabulary are never held as a whole: loss and gradient of the output head are computed chunk by chunk. And the weights
+stay in the dtype of the model (bfloat16 runs on matrix units) while AdamW works on float32 masters of what is trained.
+
+Shape letters: B sequences of a step, T tokens of a sequence, N = B * T positions, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adasearch.documents import value
+from adasearch.errors import TrialError
+from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
+
+PHASE = "recover"
+_CHUNK = 256
+_EAGER_LENGTH = 256
+"""Longest sequence for which plain matrix products beat the fused attention's backward on a CPU (measured)."""
+
+
+@value
+class TrainingConfig:
+    """Settings of one run of the loop.
+
+    Args:
+        tokens: tokens to train on in all; at least one step is made.
+        length: tokens T of a sequence.
+        batch: sequences B of a step.
+        lr: greatest learning rate.
+        warmup: share of the steps during which the rate rises linearly to `lr`; then it falls along a cosine to 0.
+        weight_decay: AdamW's, on matrices only.
+        grad_clip: greatest norm of the gradient over everything that is trained.
+        distill: weight of KL(dense || smaller) beside the next-token loss.
+    """
+
+    tokens: int
+    length: int
+    batch: int
+    lr: float
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    distill: float = 0.0
+
+    @property
+    def steps(self) -> int:
+        """Return the number of optimizer steps, at least 1."""
+        return max(1, self.tokens // (self.batch * self.length))
+
+    @staticmethod
+    def of(options: Any) -> TrainingConfig:
+        """Return the run that the options of a recovery describe, which name its settings as here."""
+        names = [f.name for f in dataclasses.fields(TrainingConfig) if hasattr(options, f.name)]
+        return TrainingConfig(**{name: getattr(options, name) for name in names})
+
+
+def sequences(tokens: Tensor, config: TrainingConfig) -> Iterator[Tensor]:
+    """Yield the batches of a run, each B × T, in the order of the stream, which starts again where it ends.
+
+    Args:
+        tokens: 1-D stream of token ids.
+        config: says how many batches of which size.
+
+    Raises:
+        TrialError: the stream holds fewer than two tokens.
+    """
+    if tokens.dim() != 1 or tokens.numel() < 2:
+        problem = f"the recovery stream must be 1-D and hold at least 2 tokens, given shape {tuple(tokens.shape)}"
+        raise TrialError("config", problem, PHASE)
+    size = config.batch * config.length
+    offsets = torch.arange(size)
+    for step in range(config.steps):
+        yield tokens[(offsets + step * size) % tokens.numel()].view(config.batch, config.length)
+
+
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """Return the rate of step `step` (from 0): linear warmup, then a cosine that would reach 0 at the last step + 1."""
+    warmup = round(config.warmup * config.steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Next-token loss of an output head whose gradients are computed along with it, chunk by chunk.
+
+    With p the softmax of the logits, t the one-hot target and q the teacher's softmax, the loss per position is
+    CE + w KL(q || p) and its gradient on the logits is (1 + w) p - t - w q. Only one chunk of logits exists at a time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        teacher: Callable[[slice], Tensor] | None,
+        distill: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (loss, next-token part), both float32 scalars, for hidden N × D, weight V × D and targets N."""
+        count = targets.numel()
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None  # type: ignore[attr-defined]
+        nll = hidden.new_zeros((), dtype=torch.float32)
+        divergence = torch.zeros_like(nll)
+        for start in range(0, count, _CHUNK):
+            part = slice(start, min(start + _CHUNK, count))
+            log_p = (hidden[part] @ weight.T).float().log_softmax(-1)
+            index = targets[part, None]
+            nll -= log_p.gather(1, index).sum()
+            grad = log_p.exp()
+            if teacher is not None:
+                log_q = teacher(part).float().log_softmax(-1)
+                q = log_q.exp()
+                divergence += (q * (log_q - log_p)).sum()
+                grad.mul_(1.0 + distill).sub_(q, alpha=distill)
+            grad.scatter_add_(1, index, torch.full_like(index, -1.0, dtype=torch.float32))
+            low = grad.div_(count).to(weight.dtype)
+            grad_hidden[part] = low @ weight
+            if grad_weight is not None:
+                grad_weight += (low.T @ hidden[part]).float()
+        ctx.save_for_backward(grad_hidden, *(() if grad_weight is None else (grad_weight.to(weight.dtype),)))
+        ctx.set_materialize_grads(False)
+        nll = nll / count
+        ctx.mark_non_differentiable(nll)
+        return nll + distill * divergence / count, nll
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of `forward`'s arguments."""
+        grad_hidden, *rest = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad_hidden * grad, rest[0] * grad if rest else None, None, None, None
+
+
+def _states(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the last hidden states, (B (T - 1)) × D, that predict a next token, and the head's weight, V × D."""
+    causal: Any = model
+    hidden = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return hidden[:, :-1].flatten(0, 1), causal.get_output_embeddings().weight
+
+
+def next_token_loss(
+    model: nn.Module, ids: Tensor, teacher: nn.Module | None = None, distill: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return the mean loss to minimise and its next-token part, in nats per predicted token.
+
+    Args:
+        model: causal language model with a linear output head without bias.
+        ids: token ids, B × T, T at least 2.
+        teacher: model of the same vocabulary; used where `distill` is above 0.
+        distill: weight of KL(teacher || model).
+    """
+    hidden, weight = _states(model, ids)
+    targets = ids[:, 1:].flatten()
+    logits = None
+    if teacher is not None and distill > 0:
+        with torch.no_grad():
+            states, head = _states(teacher, ids)
+
+        def logits(part: slice) -> Tensor:
+            return states[part] @ head.T
+
+    losses: tuple[Tensor, Tensor] = _HeadLoss.apply(hidden, weight, targets, logits, distill)  # type: ignore[no-untyped-call]
+    return losses
+
+
+class Masters:
+    """Float32 copies of what is trained, which the optimizer changes; the model's own follow after every step.
+
+    Args:
+        parameters: of the model, of any floating dtype; float32 ones are their own masters.
+        config: AdamW's settings.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], config: TrainingConfig) -> None:
+        self.parameters = list(parameters)
+        self.copies = [p.detach() if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
+        self._clip = config.grad_clip
+        matrices = [c for c in self.copies if c.dim() > 1]
+        rest = [c for c in self.copies if c.dim() <= 1]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        self._adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), fused=True)
+
+    def step(self, rate: float) -> float:
+        """Make one AdamW step at learning rate `rate` from the model's gradients, drop them, return their norm."""
+        for copy, parameter in zip(self.copies, self.parameters, strict=True):
+            copy.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        norm = float(nn.utils.clip_grad_norm_(self.copies, self._clip))
+        if not math.isfinite(norm):
+            return norm
+        for group in self._adamw.param_groups:
+            group["lr"] = rate
+        self._adamw.step()
+        self._adamw.zero_grad()  # float32 gradients are not kept through the next forward and backward
+        with torch.no_grad():
+            for copy, parameter in zip(self.copies, self.parameters, strict=True):
+                parameter.copy_(copy)
+        return norm
+
+    def restore_precision(self) -> None:
+        """Make the model's parameters float32 with the masters' values, which a merge then rounds only once."""
+        for copy, parameter in zip(self.copies, self.parameters, strict=True):
+            parameter.data = copy
+
+
+@contextlib.contextmanager
+def seeded(context: RecoveryContext) -> Iterator[None]:
+    """Make everything drawn inside follow from the seed, and leave the generators outside as they were."""
+    device = torch.device(context.device)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(context.seed)
+        yield
+
+
+@contextlib.contextmanager
+def _quick_attention(model: nn.Module, length: int, device: str) -> Iterator[None]:
+    """Use plain attention inside where it is the faster one to train with: short sequences on a CPU."""
+    causal: Any = model
+    before = causal.config._attn_implementation
+    if torch.device(device).type == "cpu" and length <= _EAGER_LENGTH and before == "sdpa":
+        causal.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        if causal.config._attn_implementation != before:
+            causal.set_attn_implementation(before)
+
+
+def train(
+    model: nn.Module, masters: Masters, tokens: Tensor, config: TrainingConfig, context: RecoveryContext
+) -> RecoveryReport:
+    """Train what `masters` holds on the stream and return what happened; call it inside `seeded`.
+
+    Args:
+        model: causal language model; only parameters that require a gradient change.
+        masters: of those parameters.
+        tokens: 1-D stream of token ids.
+        config: the run.
+        context: progress callback, device, teacher.
+
+    Raises:
+        TrialError: kind ``nan`` where a loss or gradient is not finite; kind ``config`` where the stream is too short
+            or a teacher is missing.
+    """
+    if config.distill > 0 and context.teacher is None:
+        raise TrialError("config", f"distill {config.distill} needs the dense model, given none", PHASE)
+    start = time.monotonic()
+    losses: list[float] = []
+    model.train()
+    with _quick_attention(model, config.length, context.device):
+        for step, ids in enumerate(sequences(tokens, config)):
+            total, nll = next_token_loss(model, ids.to(context.device), context.teacher, config.distill)
+            total.backward()  # type: ignore[no-untyped-call]
+            norm = masters.step(learning_rate(step, config))
+            loss = float(total.detach())
+            losses.append(float(nll))
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                where = f"step {step + 1} of {config.steps}"
+                problem = f"the loss must stay finite, given {loss} (gradient norm {norm}) at {where}, lr {config.lr}"
+                raise TrialError("nan", problem, PHASE)
+            if context.report is not None:
+                context.report(step + 1, config.steps, losses[-1])
+    trained = config.steps * config.batch * config.length
+    seconds = time.monotonic() - start
+    return RecoveryReport(losses=tuple(losses), tokens=trained, seconds=seconds, epochs=trained / tokens.numel())

@@ -1,0 +1,121 @@
+"""What a worker keeps between trials: base weights, items, statistics. Read only for every trial."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from adasearch import data, models
+from adasearch.config import CalibrationConfig, Component, StudyConfig, UnitsConfig
+from adasearch.documents import fingerprint
+from adasearch.errors import TrialError
+from adasearch.pruning import architectures, calibration
+from adasearch.pruning.statistics import Statistics
+from adasearch.tuning import scoring, tasks
+from adasearch.tuning.items import Item
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from adasearch.pruning.structure import ModelStructure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TaskItems:
+    """The items of one task, and their token sequences in the same order."""
+
+    items: tuple[Item, ...]
+    encoded: tuple[scoring.EncodedItem, ...]
+
+
+def cache_folder(run: Path) -> Path:
+    """Return where weights and statistics are kept: ``ADASEARCH_CACHE``, or ``cache/`` in the run folder."""
+    return Path(os.environ.get("ADASEARCH_CACHE") or run / "cache")
+
+
+class Workbench:
+    """Base weights once per worker, tokenizer, items and caches, built from a study; a trial never changes it.
+
+    Args:
+        study: the resolved study.
+        run: run folder.
+        threads: CPU threads of this worker.
+
+    Raises:
+        ModelError: the model cannot be read.
+    """
+
+    def __init__(self, study: StudyConfig, run: Path, threads: int) -> None:
+        models.set_threads(threads)
+        self.study = study
+        self.run = run
+        self.threads = threads
+        self.device = models.pick_device()
+        self.cache = cache_folder(run)
+        dtype = models.pick_dtype(study.model.dtype, self.device)
+        folder = models.fetch_weights(models.resolve(study.model), self.cache / "models", dtype)
+        self.base = models.open_base(folder, dtype)
+        self._checksum = models.checksum(self.base)
+        self._structures: dict[UnitsConfig, ModelStructure] = {}
+        self._items: dict[str, dict[str, TaskItems]] = {}
+        self._dense: nn.Module | None = None
+
+    def structure(self, units: UnitsConfig | None = None) -> ModelStructure:
+        """Return the model's structure with the units asked for."""
+        units = units or UnitsConfig()
+        if units not in self._structures:
+            self._structures[units] = architectures.describe(self.base.shape, units)
+        return self._structures[units]
+
+    def dense(self) -> nn.Module:
+        """Return the dense model; callers must not change it."""
+        if self._dense is None:
+            self._dense = models.dense_model(self.base).to(self.device)
+        return self._dense
+
+    def statistics(
+        self, structure: ModelStructure, sample: CalibrationConfig, units: UnitsConfig, needs: frozenset[str]
+    ) -> Statistics | None:
+        """Return the statistics of a calibration sample, from the cache where they are known; None for no needs."""
+        if not needs:
+            return None
+
+        def compute(missing: frozenset[str]) -> Statistics:
+            tokens = data.token_matrix(self.base.tokenizer, sample, self.study.data_root)
+            return calibration.collect(self.dense(), structure, tokens, missing)
+
+        key = fingerprint((self._checksum, str(self.base.dtype), sample, units, self.study.data_root))
+        return calibration.cached(self.cache / "statistics", key, needs, compute)
+
+    def items(self, role: tasks.Role) -> dict[str, TaskItems]:
+        """Return the items of every task in a role (``search``, ``select`` or ``report``), by task."""
+        if role not in self._items:
+            limit = scoring.max_length(self.base.config, self.base.tokenizer)
+            self._items[role] = {
+                name: TaskItems(items=items, encoded=scoring.encode(items, self.base.tokenizer, limit))
+                for name, items in tasks.study_items(self.study, role).items()
+            }
+        return self._items[role]
+
+    def recovery_tokens(self, recovery: Component, calibration_corpus: str, seed: int) -> torch.Tensor:
+        """Return the training tokens of a recovery, one stream; empty for a recovery that trains on nothing."""
+        amount = getattr(recovery.options, "tokens", 0)
+        if not amount:
+            return torch.zeros(0, dtype=torch.long)
+        corpus = recovery.options.corpus or calibration_corpus
+        stream = data.token_stream(self.base.tokenizer, corpus, amount, seed, self.study.data_root)
+        tokens: torch.Tensor = stream.tokens
+        return tokens
+
+    def assert_unchanged(self) -> None:
+        """Check that no trial wrote into the base weights.
+
+        Raises:
+            TrialError: it did.
+        """
+        if models.checksum(self.base) != self._checksum:
+            raise TrialError("error", "the trial wrote into the base weights of its worker", "done")

@@ -1,0 +1,71 @@
+"""What runs in a worker process: opens a workbench once, then turns tasks of the driver into records."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adasearch.config import StudyConfig
+from adasearch.environment import machine
+from adasearch.finalize import FinalTask, run_final
+from adasearch.records import Record, read_items, write_items, write_json, write_record
+from adasearch.search.driver import Assignment
+from adasearch.trial import run_trial
+from adasearch.workbench import Workbench
+
+if TYPE_CHECKING:
+    from adasearch.records import FinalRecord
+
+
+def open_workbench(study: StudyConfig, run: str, threads: int) -> Workbench:
+    """Return the workbench of this process."""
+    return Workbench(study, Path(run), threads)
+
+
+def open_worker(study: StudyConfig, run: str, threads: int) -> Callable[[Any], Any]:
+    """Return the function that does a worker's tasks: `Assignment` -> `Record`, `FinalTask` -> `FinalRecord`."""
+    bench = open_workbench(study, run, threads)
+
+    def work(task: Assignment | FinalTask) -> Record | FinalRecord:
+        return run_final(task, bench) if isinstance(task, FinalTask) else run_assignment(task, bench)
+
+    return work
+
+
+def environment(bench: Workbench) -> dict[str, str]:
+    """Return what a trial's figures depend on beside its configuration."""
+    return {
+        **machine(),
+        "device": str(bench.device),
+        "dtype": str(bench.base.dtype).removeprefix("torch."),
+        "threads": str(bench.threads),
+    }
+
+
+def state_writer(folder: Path) -> Callable[[str, float | None], None]:
+    """Return an observer that writes ``state.json`` at each new phase, and at most once a second within one."""
+    last = {"phase": "", "time": 0.0}
+
+    def observe(phase: str, progress: float | None) -> None:
+        now = time.time()
+        if phase == last["phase"] and now - float(last["time"]) < 1.0:
+            return
+        last.update(phase=phase, time=now)
+        write_json(folder / "state.json", {"phase": phase, "progress": progress, "since": now, "pid": os.getpid()})
+
+    return observe
+
+
+def run_assignment(task: Assignment, bench: Workbench) -> Record:
+    """Run one attempt at a trial; its record is on disk before this returns."""
+    folder = Path(task.folder)
+    rival = read_items(Path(task.incumbent)) if task.incumbent and bench.study.racing.enabled else None
+    result, items = run_trial(task.config, bench, state_writer(folder), rival)
+    write_items(folder, items)
+    record = Record(number=task.number, attempt=task.attempt, recipe=task.recipe, config=task.config, result=result,
+                    failure=None, environment=environment(bench))  # fmt: skip
+    write_record(bench.run, record)
+    return record

@@ -1,0 +1,25 @@
+"""What every test shares: one thread, no network, a fixed budget of examples, a tiny checkpoint."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "adasearch", deadline=None, max_examples=30, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("adasearch")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """Folder of a tiny Llama with random float32 weights and a byte-level tokenizer."""
+    from tests.tiny import save_checkpoint
+
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-llama")

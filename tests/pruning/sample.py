@@ -1,0 +1,110 @@
+"""A tiny model with its structure, tokens and recorded activations: what the tests of scores and compensation share."""
+
+import functools
+from types import SimpleNamespace
+
+import torch
+
+from adasearch.config import BudgetConfig, Component
+from adasearch.pruning import calibration, surgery
+from adasearch.pruning.plan import make_plan
+from adasearch.pruning.structure import Group, ModelStructure, Slice
+from adasearch.registry import ALLOCATION, COMPENSATION, IMPORTANCE
+from tests.tiny import VOCABULARY, tiny_config, tiny_structure, tiny_weights
+
+NEEDS = frozenset({"moments", "covariance", "gradient", "fisher"})
+
+
+def tokens(samples=5, length=12, seed=0):
+    return torch.randint(3, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(seed))
+
+
+@functools.cache
+def sample(attention="kv_group", dtype=torch.float64, family="llama"):
+    """Dense model, weights, structure, units, tokens and all statistics; shared, so not to be changed."""
+    config = tiny_config(family)
+    structure, units = tiny_structure(config, attention)
+    weights = tiny_weights(config, dtype)
+    dense = make_plan(structure, units, {}, {})
+    model = surgery.cut(config, weights, structure, dense)
+    statistics = calibration.collect(model, structure, tokens(), NEEDS)
+    return SimpleNamespace(
+        config=config,
+        structure=structure,
+        units=units,
+        weights=weights,
+        model=model,
+        tokens=tokens(),
+        statistics=statistics,
+    )
+
+
+def activations(model, module, batch):
+    """Input features of a module over all tokens (T × F, float64)."""
+    seen = []
+    handle = model.get_submodule(module).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    with torch.no_grad():
+        model(input_ids=batch, use_cache=False)
+    handle.remove()
+    return torch.cat(seen).flatten(0, 1).double()
+
+
+def sequence_gradients(model, batch):
+    """Gradient of the mean next-token cross-entropy of each sequence, by parameter name (N × shape)."""
+    found = {}
+    for sequence in batch:
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        model.zero_grad()
+        logits = model(input_ids=sequence[None], use_cache=False).logits[0]
+        log_p = logits.log_softmax(-1)
+        loss = -sum(log_p[t, sequence[t + 1]] for t in range(len(sequence) - 1)) / (len(sequence) - 1)
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            found.setdefault(name, []).append(parameter.grad.clone())
+    return {name: torch.stack(items) for name, items in found.items()}
+
+
+def component(kind, name, **options):
+    entry = {"importance": IMPORTANCE, "allocation": ALLOCATION, "compensation": COMPENSATION}[kind].get(name)
+    return Component(type=name, options=entry.options(**options))
+
+
+def made_structure(layers, *, channels=40, heads=3, channel_cost=30, head_cost=400, partitions=1, biases=24):
+    """Structure of a model that does not exist: numbers alone."""
+    groups = []
+    for layer in range(layers):
+        attention = f"model.layers.{layer}.self_attn"
+        mlp = f"model.layers.{layer}.mlp"
+        for name, kind, units, parts, cost, out in (
+            (attention, "attention", heads * partitions, partitions, head_cost, "o_proj"),
+            (mlp, "mlp", channels, 1, channel_cost, "down_proj"),
+        ):
+            part = Slice(parameter=f"{name}.{out}.weight", dim=1, block=1)
+            groups.append(
+                Group(
+                    name=name,
+                    layer=layer,
+                    kind=kind,
+                    unit="made",
+                    units=units,
+                    partitions=parts,
+                    slices=(part,),
+                    output=f"{name}.{out}",
+                    unit_cost=cost,
+                )
+            )
+    embedding = 1000
+    return ModelStructure(
+        family="made",
+        layers=layers,
+        groups=tuple(groups),
+        parameters=embedding + 7 * layers + sum(g.units * g.unit_cost for g in groups),
+        embedding_parameters=embedding,
+        output_biases={g.output: biases for g in groups},
+        lora_targets=(),
+    )
+
+
+def budget(remove=0.2, **more):
+    return BudgetConfig(remove=remove, **more)

@@ -1,0 +1,111 @@
+"""Studies, spaces and recipes: defaults, merging, and clear errors before any weight is loaded."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import yaml
+
+from adasearch import errors
+from adasearch.config import StudyConfig, TrialConfig, load_study, merged, study_from_dict
+from adasearch.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MINIMAL = {
+    "model": {"name": "folder"},
+    "space": {"calibration.samples": {"int": [8, 16]}},
+    "budget": {"remove": 0.2},
+    "objective": {"search": ["cloze/pydoc"]},
+    "report": {"tasks": ["cloze/pydoc"]},
+    "trial": {"calibration": {"corpus": "pydoc"}},
+}
+
+
+def study_of(**changes) -> StudyConfig:
+    data = {**MINIMAL, **changes}
+    return study_from_dict({k: v for k, v in data.items() if v is not None}, "s.yaml:", ROOT / "studies" / "s.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_study_in_the_project_reads(path):
+    study = load_study(path)
+    again = study_from_dict(study.to_dict(), "config.yaml:", path)
+    assert again == study
+    assert again.fingerprint == study.fingerprint
+
+
+def test_defaults_are_filled_in():
+    study = study_of()
+    assert study.name == "s"
+    assert study.cluster.workers == 2
+    assert study.finalize.recovery.type == "full"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"buget": {"remove": 0.2}}, "s.yaml: buget: unknown key 'buget'; did you mean 'budget'"),
+        ({"budget": {"remove": 2}}, "s.yaml: budget.remove: "),
+        ({"budget": None}, "s.yaml: budget: must be given"),
+        ({"trials": 0}, "s.yaml: trials: "),
+        ({"trials": "many"}, "s.yaml: trials: "),
+        ({"name": "../x"}, "s.yaml: name: "),
+        ({"space": "quikstart"}, "s.yaml: space: no file for 'quikstart'; did you mean 'quickstart'"),
+        ({"recipes": ["flapp"]}, "s.yaml: recipes: no file for 'flapp'; did you mean 'flap'"),
+        ({"trial": {"importance": "tailor"}}, "s.yaml: trial.importance.type: unknown importance criterion 'tailor'"),
+        ({"trial": {"recovery": {"type": "lora", "rnk": 3}}}, "s.yaml: trial.recovery.rnk: unknown key 'rnk'; did you mean 'rank'"),
+        ({"trial": {"recovry": {}}}, "s.yaml: trial.recovry: unknown key 'recovry'; did you mean 'recovery'"),
+        ({"finalize": {"recovery": {"type": "ful"}}}, "s.yaml: finalize.recovery.type: unknown recovery 'ful'"),
+        ({"finalize": {"formats": ["onnx"]}}, "s.yaml: finalize.formats: unknown export format 'onnx'"),
+        ({"racing": {"rungs": [0.5, 3]}}, "s.yaml: racing.rungs.1: "),
+    ],
+)
+def test_wrong_studies_name_file_and_key(changes, message):
+    with pytest.raises(ConfigError) as caught:
+        study_of(**changes)
+    assert message in str(caught.value)
+
+
+def test_the_data_root_comes_from_the_environment(monkeypatch, tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    monkeypatch.setenv("ADASEARCH_DATA_ROOT", "/somewhere")
+    assert load_study(path).data_root == "/somewhere"
+    monkeypatch.delenv("ADASEARCH_DATA_ROOT")
+    assert load_study(path).data_root is None
+
+
+def test_what_may_change_on_resume_is_not_in_the_fingerprint():
+    study = study_of()
+    assert study_of(trials=3, cluster={"workers": 5}, limits={"trial_seconds": 1}).fingerprint == study.fingerprint
+    assert study_of(seed=3).fingerprint != study.fingerprint
+    assert study_of(budget={"remove": 0.3}).fingerprint != study.fingerprint
+
+
+def test_a_trial_turns_into_a_mapping_and_back():
+    config = TrialConfig.from_dict({"calibration": {"corpus": "pydoc"}, "importance": {"type": "taylor"}}, "t")
+    again = TrialConfig.from_dict(config.to_dict(), "t")
+    assert again == config
+    assert again.key == config.key
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_merging_replaces_a_component_of_another_type_whole():
+    base = {"recovery": {"type": "lora", "rank": 8}, "calibration": {"corpus": "a", "samples": 3}}
+    assert merged(base, {"recovery": {"rank": 4}})["recovery"] == {"type": "lora", "rank": 4}
+    assert merged(base, {"recovery": {"type": "none"}})["recovery"] == {"type": "none"}
+    assert merged(base, {"calibration": {"samples": 4}})["calibration"] == {"corpus": "a", "samples": 4}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [errors.ConfigError("a.yaml: b", "must hold"), errors.TrialError("nan", "loss", "recover"), errors.DataError("x")],
+)
+def test_errors_survive_pickling(error):
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error)
+    assert type(again) is type(error)
+    assert again.exit_code == error.exit_code

@@ -1,0 +1,219 @@
+"""Corpora, their parts, and the tokens drawn from them."""
+
+import json
+
+import datasets
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adasearch import data
+from adasearch.config import CalibrationConfig
+from adasearch.errors import ConfigError, DataError
+from tests import tiny
+from tests.tuning import sample
+
+TOKENIZER = tiny.tiny_tokenizer()
+
+
+def repository(root, name="owner/texts", column="text", rows=(), config="default", splits=("train",)):
+    """Write a mirrored dataset repository with the same rows in every split."""
+    folder = root / name
+    files = []
+    for split in splits:
+        path = folder / config / f"{split}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        records = [row if isinstance(row, dict) else {column: row} for row in rows]
+        datasets.Dataset.from_list(records).to_parquet(str(path))
+        files.append(f"  - split: {split}\n    path: {config}/{split}.parquet\n")
+    header = f"---\nconfigs:\n- config_name: {config}\n  data_files:\n{''.join(files)}---\n"
+    (folder / "README.md").write_text(header)
+    return str(root)
+
+
+def texts(count, words=150):
+    return [" ".join(f"w{i}x{j}" for j in range(words)) for i in range(count)]
+
+
+def test_pydoc_is_there_balanced_and_disjoint():
+    parts = {part: data.documents("pydoc", part) for part in data.PARTS}
+    assert all(sum(map(len, found)) > 40_000 for found in parts.values())
+    everything = [text for found in parts.values() for text in found]
+    assert len(everything) == len(set(everything))
+    share = sum(map(len, parts["fit"])) / sum(map(len, everything))
+    assert 0.5 < share < 0.7
+
+
+def test_an_edit_of_one_section_moves_no_other_document(monkeypatch):
+    import pydoc_data.topics
+
+    before = set(data._pydoc())
+    changed = dict(pydoc_data.topics.topics)
+    changed["assert"] = changed["assert"].replace("debugging", "whatever")
+    monkeypatch.setattr(pydoc_data.topics, "topics", changed)
+    assert len(before ^ set(data._pydoc())) == 2
+
+
+@given(st.lists(st.text(min_size=1), max_size=30))
+def test_the_part_of_a_document_depends_on_its_text_alone(found):
+    assert [data.part_of(text) for text in found] == [data.part_of(text) for text in found]
+    assert all(data.part_of(text) in data.PARTS for text in found)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("pydco", "did you mean 'pydoc'"),
+        ("missing.txt", "must exist"),
+        ("owner/texts:defualt", "did you mean 'default'"),
+        ("owner/texts::test", "no split 'test'; known: train"),
+        ("owner/other", "HF_HUB_OFFLINE"),
+        ("owner/a:b:c:d", "owner/name[:config[:split]]"),
+    ],
+)
+def test_unknown_corpora_are_refused_without_reading(tmp_path, monkeypatch, spec, words):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    root = repository(tmp_path, rows=["a"])
+    with pytest.raises(ConfigError) as caught:
+        data.check_corpus(spec, root, "trial.calibration.corpus")
+    assert caught.value.where == "trial.calibration.corpus"
+    assert words in str(caught.value)
+
+
+def test_known_corpora_pass_the_check(tmp_path):
+    root = repository(tmp_path, rows=["a"])
+    for spec in ("pydoc", "owner/texts", "owner/texts:default", "owner/texts::train"):
+        data.check_corpus(spec, root)
+    data.check_corpus("owner/name:config:split", None)
+
+
+def test_a_repository_is_read_from_the_mirror(tmp_path):
+    rows = texts(60)
+    root = repository(tmp_path, rows=rows)
+    found = [text for part in data.PARTS for text in data.documents("owner/texts", part, root)]
+    assert sorted(found) == sorted(rows)
+
+
+def test_instructions_become_one_text_each(tmp_path):
+    rows = [{"instruction": f"Do {i}", "input": "", "output": "done " * i} for i in range(1, 40)]
+    root = repository(tmp_path, rows=rows)
+    text = data.documents("owner/texts", "fit", root)[0]
+    assert text.startswith("### Instruction:\nDo ")
+    assert "### Response:\ndone" in text
+    assert "### Input" not in text
+
+
+@pytest.mark.parametrize("column", ["sentence", "text"])
+def test_lines_are_joined_into_passages(tmp_path, column):
+    root = repository(tmp_path, column=column, rows=[f"line {i} of a corpus" for i in range(3000)])
+    assert 1000 < len(data.documents("owner/texts", "fit", root)[0]) < 2000
+
+
+def test_long_documents_are_cut(tmp_path):
+    paragraphs = [f"{i} " * 100 for i in range(300)]
+    root = repository(
+        tmp_path, column="page", rows=["\n\n".join(paragraphs), "\n".join(paragraphs), " ".join(paragraphs)]
+    )
+    corpus = data.parse_corpus("owner/texts", root)
+    found = data._documents(corpus)
+    assert len(found) > 10
+    assert max(map(len, found[:-1])) < 12_000
+
+
+def test_rows_without_text_and_bad_splits_say_what_there_is(tmp_path):
+    root = repository(tmp_path, column="audio", rows=["a"], splits=("train",))
+    with pytest.raises(DataError, match="they have audio"):
+        data.documents("owner/texts", "fit", root)
+    with pytest.raises(DataError, match="has no split 'test'"):
+        data.documents("owner/texts::test", "fit", root)
+    with pytest.raises(DataError, match="Available: \\['default'\\]"):
+        data.documents("owner/texts:other", "fit", root)
+
+
+def test_files_are_corpora(tmp_path):
+    rows = texts(50)
+    (tmp_path / "a.txt").write_text("\n\n".join(rows))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    datasets.Dataset.from_list([{"text": row} for row in rows]).to_parquet(str(tmp_path / "c.parquet"))
+    found = [data.documents(str(tmp_path / name), "fit") for name in ("a.txt", "b.jsonl", "c.parquet")]
+    assert found[0] == found[1] == found[2]
+    (tmp_path / "bad.jsonl").write_text("{")
+    with pytest.raises(DataError, match=r"bad\.jsonl"):
+        data.documents(str(tmp_path / "bad.jsonl"), "fit")
+
+
+def test_a_part_without_documents_is_an_error(tmp_path):
+    (tmp_path / "a.txt").write_text("one word")
+    empty = next(part for part in data.PARTS if part != data.part_of("one word"))
+    with pytest.raises(DataError, match="too small"):
+        data.documents(str(tmp_path / "a.txt"), empty)
+
+
+@pytest.mark.parametrize("length", [16, 128, 2048])
+def test_calibration_samples_are_drawn_by_seed(length):
+    config = CalibrationConfig(corpus="pydoc", samples=6, length=length, draw=3)
+    matrix = data.token_matrix(TOKENIZER, config)
+    assert matrix.shape == (6, length)
+    assert matrix.dtype == torch.long
+    assert torch.equal(matrix, data.token_matrix(TOKENIZER, config))
+    other = CalibrationConfig(corpus="pydoc", samples=6, length=length, draw=4)
+    assert not torch.equal(matrix, data.token_matrix(TOKENIZER, other))
+
+
+def test_calibration_windows_lie_in_the_fit_part_and_differ(tmp_path):
+    root = repository(tmp_path, rows=texts(30))
+    config = CalibrationConfig(corpus="owner/texts", samples=40, length=64, draw=0)
+    matrix = data.token_matrix(TOKENIZER, config, root)
+    fit = data.documents("owner/texts", "fit", root)
+    windows = [TOKENIZER.decode(line) for line in matrix]
+    assert all(any(window.strip() in text for text in fit) for window in windows)
+    assert len(set(windows)) > 35
+
+
+def test_too_little_text_for_one_window_says_so(tmp_path):
+    (tmp_path / "a.txt").write_text("some words\n\n" * 3 + "\n\n".join(texts(8, words=5)))
+    config = CalibrationConfig(corpus=str(tmp_path / "a.txt"), samples=1, length=4096)
+    with pytest.raises(DataError, match="a window needs 4096"):
+        data.token_matrix(TOKENIZER, config)
+
+
+def test_the_recovery_stream_goes_round_and_says_how_often(tmp_path):
+    root = repository(tmp_path, rows=texts(10, words=60))
+    once = sum(len(text) + 1 for text in data.documents("owner/texts", "fit", root))
+    stream = data.token_stream(TOKENIZER, "owner/texts", int(2.5 * once), 1, root)
+    assert stream.tokens.shape == (int(2.5 * once),)
+    assert 2.5 <= stream.epochs <= 3.0
+    assert int((stream.tokens == TOKENIZER.eos_token_id).sum()) >= 2
+    again = data.token_stream(TOKENIZER, "owner/texts", int(2.5 * once), 1, root)
+    assert torch.equal(stream.tokens, again.tokens)
+    assert not torch.equal(stream.tokens, data.token_stream(TOKENIZER, "owner/texts", int(2.5 * once), 2, root).tokens)
+
+
+def test_perplexity_reads_a_named_split_whole_and_else_the_report_part(tmp_path):
+    rows = ["one line", "", "another"]
+    root = repository(tmp_path, rows=rows, splits=("train", "test"))
+    ids = data.perplexity_tokens(TOKENIZER, "owner/texts::test", root)
+    assert TOKENIZER.decode(ids) == "one line\n\n\n\nanother"
+    ids = data.perplexity_tokens(TOKENIZER, "pydoc")
+    assert TOKENIZER.decode(ids[:40]) == data.documents("pydoc", "report")[0][:40]
+    with pytest.raises(DataError, match="2048 are needed"):
+        data.perplexity_tokens(TOKENIZER, "owner/texts::test", root, least=2048)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "allenai/c4:demo",
+        "wikimedia/wikipedia:demo",
+        "yahma/alpaca-cleaned:demo",
+        "Salesforce/wikitext:wikitext-2-v1",
+        "ptb",
+    ],
+)
+def test_real_corpora_read_and_are_balanced(spec):
+    root = sample.data_root()
+    data.check_corpus(spec, root)
+    sizes = {part: sum(map(len, data.documents(spec, part, root))) for part in data.PARTS}
+    assert 0.45 < sizes["fit"] / sum(sizes.values()) < 0.75
+    assert min(sizes.values()) > 50_000

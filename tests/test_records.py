@@ -1,0 +1,89 @@
+"""Records: written whole or not at all, checked when read."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adasearch.config import TaskScore, TrialResult
+from adasearch.errors import StorageError
+from adasearch.records import (
+    DENSE,
+    Failure,
+    FinalRecord,
+    Record,
+    read_finals,
+    read_items,
+    read_record,
+    read_records,
+    trial_folder,
+    write_atomically,
+    write_final,
+    write_items,
+    write_record,
+)
+
+SCORE = TaskScore(task="t", n=3, acc=1 / 3, acc_stderr=0.1, acc_norm=None, acc_norm_stderr=None, margin=0.2, margin_stderr=0.01)
+RESULT = TrialResult(score=0.25, stderr=0.01, tasks=(SCORE,), parameters=10, widths={"g": 3}, items=3, stopped=False,
+                     seconds={"cut": 0.5}, peak_bytes=5, notes={"loss_first": 2.0, "x": "y"})  # fmt: skip
+
+
+def record(number=0, attempt=1, *, result=RESULT, failure=None) -> Record:
+    return Record(number=number, attempt=attempt, recipe=None, config={"seed": 1}, result=result, failure=failure,
+                  environment={"host": "h"})  # fmt: skip
+
+
+def test_a_record_reads_back_equal(tmp_path):
+    write_record(tmp_path, record())
+    assert read_record(trial_folder(tmp_path, 0, 1)) == record()
+
+
+def test_records_come_in_order_of_number_and_attempt(tmp_path):
+    bad = record(2, 1, result=None, failure=Failure(kind="nan", message="m"))
+    for one in (record(10), bad, record(2, 2), record(DENSE)):
+        write_record(tmp_path, one)
+    assert [(r.number, r.attempt) for r in read_records(tmp_path)] == [(DENSE, 1), (2, 1), (2, 2), (10, 1)]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b.replace(b"0.25", b"0.75"), lambda b: b"\x00" * 9])
+def test_a_damaged_record_counts_as_absent(tmp_path, damage):
+    write_record(tmp_path, record())
+    path = trial_folder(tmp_path, 0, 1) / "result.json"
+    path.write_bytes(damage(path.read_bytes()))
+    assert read_record(path.parent) is None
+    assert read_records(tmp_path) == []
+
+
+def test_items_keep_their_names_and_values(tmp_path):
+    items = {"cloze/pydoc": np.array([0.1, -0.2]), "piqa:train": np.array([1.0])}
+    write_items(tmp_path, items)
+    again = read_items(tmp_path)
+    assert again is not None
+    assert {k: v.tolist() for k, v in again.items()} == {k: v.tolist() for k, v in items.items()}
+    (tmp_path / "items.npz").write_bytes(b"junk")
+    assert read_items(tmp_path) is None
+
+
+def test_finals_read_back(tmp_path):
+    final = FinalRecord(name="trial3", trial=3, role="finalist", recipe=None, selected=(SCORE,), report=(SCORE,),
+                        perplexity={"pydoc@128": 9.5}, parameters=8, removed=0.2, seconds={}, export=None, losses=(2.0, 1.5))  # fmt: skip
+    write_final(tmp_path, final)
+    assert read_finals(tmp_path) == [final]
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_draft(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_atomically(path, b"old")
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="the disk is full; nothing finished is lost"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in Path(tmp_path).iterdir()] == ["a.json"]

@@ -1,0 +1,376 @@
+"""The report and the leaderboard, from records that were made up for the purpose."""
+
+from __future__ import annotations
+
+import html.parser
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adasearch import pictures, report, report_html
+from adasearch.config import (
+    BudgetConfig,
+    Component,
+    FinalizeConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    ReportConfig,
+    SpaceConfig,
+    StudyConfig,
+    TaskScore,
+    TrialResult,
+)
+from adasearch.records import (
+    DENSE,
+    Failure,
+    FinalRecord,
+    Record,
+    trial_folder,
+    write_final,
+    write_items,
+    write_record,
+)
+from adasearch.registry import NoOptions
+
+LAYERS = 12
+DENSE_PARAMETERS = 134_515_008
+TASKS = ("made_up/short", "made_up/long", "made_up/hard")
+
+
+def study(**changes: Any) -> StudyConfig:
+    parts: dict[str, Any] = {
+        "name": "synthetic",
+        "model": ModelConfig(name="synthetic/model"),
+        "space": SpaceConfig(name="inline", dimensions={}),
+        "budget": BudgetConfig(remove=0.2),
+        "objective": ObjectiveConfig(search=TASKS),
+        "report": ReportConfig(tasks=TASKS, perplexity=("pydoc",)),
+        "finalize": FinalizeConfig(recovery=Component(type="none", options=NoOptions())),
+        "trial": {},
+        "recipes": {},
+        "trials": 24,
+        "seed": 7,
+    }
+    return StudyConfig(**{**parts, **changes})
+
+
+def task_score(task: str, acc: np.ndarray, margin: np.ndarray, *, norm: bool) -> TaskScore:
+    n = len(acc)
+    mean, stderr = float(acc.mean()), float(acc.std() / math.sqrt(n))
+    figures = {"margin": float(margin.mean()), "margin_stderr": float(margin.std() / math.sqrt(n))}
+    normed = {"acc_norm": mean if norm else None, "acc_norm_stderr": stderr if norm else None}
+    return TaskScore(task=task, n=n, acc=mean, acc_stderr=stderr, **normed, **figures)
+
+
+def make_items(skill: float, seed: int, items: int = 400) -> dict[str, np.ndarray]:
+    """Return items as a run leaves them: the difficulty of an item is the same for every model."""
+    found = {}
+    for i, task in enumerate(TASKS):
+        difficulty = np.random.default_rng(i).normal(size=items)
+        luck = np.random.default_rng(seed + 10 * i).normal(scale=0.3, size=items)
+        margin = np.tanh(skill - 0.3 * i + difficulty + luck)
+        found[task] = margin
+        found[f"{task}#acc"] = (margin > 0).astype(float)
+    return found
+
+
+def scores_of(items: dict[str, np.ndarray]) -> tuple[TaskScore, ...]:
+    return tuple(task_score(t, items[f"{t}#acc"], items[t], norm=i != 0) for i, t in enumerate(TASKS))
+
+
+def widths(rng: np.random.Generator | None) -> dict[str, int]:
+    found = {}
+    for layer in range(LAYERS):
+        found[f"model.layers.{layer}.self_attn"] = 9 if rng is None else int(rng.integers(4, 10))
+        found[f"model.layers.{layer}.mlp"] = 1536 if rng is None else int(1536 * rng.uniform(0.4, 1))
+    return found
+
+
+def trial(run: Path, number: int, score: float, *, recipe: str | None = None, stopped: bool = False) -> None:
+    rng = np.random.default_rng(number + 2)
+    dense = number == DENSE
+    result = TrialResult(
+        score=score, stderr=0.012, tasks=(), parameters=DENSE_PARAMETERS if dense else int(DENSE_PARAMETERS * 0.8),
+        widths=widths(None if dense else rng), items=600, stopped=stopped,
+        seconds={"calibrate": 2.5, "recover": float(rng.uniform(10, 60)), "score": 8.25}, peak_bytes=1 << 30, notes={},
+    )  # fmt: skip
+    parts = {"importance": {"type": "wanda_sp"}, "allocation": {"type": "uniform"}, "recovery": {"type": "lora"}}
+    config = None if dense else {**parts, "calibration": {"corpus": "pydoc"}, "units": {"attention": "kv_group"}}
+    write_record(
+        run,
+        Record(number=number, attempt=0, recipe=recipe, config=config, result=result, failure=None, environment={}),
+    )
+
+
+def failure(run: Path, number: int, message: str, attempt: int = 0) -> None:
+    failed = Failure(kind="memory", message=message, phase="recover")
+    write_record(
+        run,
+        Record(number=number, attempt=attempt, recipe=None, config={}, result=None, failure=failed, environment={}),
+    )
+
+
+def final(run: Path, name: str, number: int, role: str, *, skill: float, recipe: str | None = None) -> None:
+    items = make_items(skill, seed=number + 50)
+    write_items(run / "final" / name, items)
+    dense = role == "dense"
+    write_final(
+        run,
+        FinalRecord(
+            name=name, trial=number, role=role, recipe=recipe, selected=scores_of(make_items(skill, seed=number + 90)),
+            report=scores_of(items), perplexity={"pydoc@128": 20.0 - 4 * skill, "pydoc@2048": 15.0 - 4 * skill},
+            parameters=DENSE_PARAMETERS if dense else int(DENSE_PARAMETERS * 0.8), removed=0.0 if dense else 0.2,
+            seconds={"recover": 300.0, "report": 60.0}, export=None if dense else f"export/1-{name}", losses=(3.0, 2.0),
+        ),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A finished run of 24 trials: recipes 0 to 3, two stopped, two failed, three finalists and the best recipe."""
+    folder = tmp_path / "synthetic"
+    rng = np.random.default_rng(0)
+    trial(folder, DENSE, 0.52)
+    for number in range(24):
+        recipe = ("wanda_sp", "flap", "taylor", "random")[number] if number < 4 else None
+        if number in {9, 15}:
+            failure(folder, number, "CUDA out of memory while in recover; <b>8 GiB</b> & more were asked for")
+        else:
+            trial(
+                folder,
+                number,
+                0.30 + 0.006 * number + float(rng.normal(scale=0.02)),
+                recipe=recipe,
+                stopped=number in {6, 13},
+            )
+    final(folder, "dense", DENSE, "dense", skill=0.9)
+    final(folder, "trial22", 22, "finalist", skill=0.7)
+    final(folder, "trial23", 23, "finalist", skill=0.6)
+    final(folder, "trial20", 20, "finalist", skill=0.5)
+    final(folder, "trial1", 1, "recipe", skill=0.45, recipe="flap")
+    return folder
+
+
+class Balance(html.parser.HTMLParser):
+    """Collects tags left open or closed twice."""
+
+    VOID = frozenset({"meta", "br", "line", "rect", "circle", "polygon", "path"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.wrong: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.VOID:
+            return
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def read(path: Path) -> tuple[str, str]:
+    """Return a report's source and its visible text, once its tags are seen to balance."""
+    source = path.read_text(encoding="utf-8")
+    parser = Balance()
+    parser.feed(source)
+    assert not parser.wrong
+    assert not parser.open
+    return source, " ".join(" ".join(parser.text).split())
+
+
+class TestLeaderboard:
+    def test_columns_are_the_promised_ones(self, run: Path) -> None:
+        table = report.leaderboard(run, study())
+        names = "rank, trial, recipe, search_score, search_stderr, report_score, report_stderr, retained, parameters, "
+        assert ", ".join(table.columns) == names + "removed, seconds, state"
+        again = pd.read_csv(run / "leaderboard.csv")
+        assert list(again.columns) == list(table.columns)
+        assert len(again) == 25
+
+    def test_order(self, run: Path) -> None:
+        table = report.leaderboard(run, study())
+        assert table.trial[:4].tolist() == ["dense", "22", "23", "20"]
+        assert pd.isna(table["rank"][0])
+        assert table["rank"][1:4].tolist() == [1, 2, 3]
+        assert table.state.tolist()[-4:] == ["stopped", "stopped", "failed", "failed"]
+        complete = table[(table.state == "complete") & table.report_score.isna()].search_score
+        assert complete.is_monotonic_decreasing
+
+    def test_report_columns_are_for_finalists(self, run: Path) -> None:
+        table = report.leaderboard(run, study()).set_index("trial")
+        assert set(table.index[table.report_score.notna()]) == {"dense", "22", "23", "20", "1"}
+        assert table.retained["dense"] == 1.0
+        assert table.retained["22"] == pytest.approx(table.report_score["22"] / table.report_score["dense"])
+        assert table.removed["22"] == pytest.approx(0.2)
+        assert table.removed["dense"] == 0.0
+
+    def test_a_later_success_beats_an_earlier_failure(self, tmp_path: Path) -> None:
+        failure(tmp_path, 0, "first")
+        record = Record(
+            number=0, attempt=1, recipe=None, config={}, failure=None, environment={},
+            result=TrialResult(score=0.1, stderr=0.0, tasks=(), parameters=8, widths={}, items=1, stopped=False,
+                               seconds={}, peak_bytes=0, notes={}),
+        )  # fmt: skip
+        write_record(tmp_path, record)
+        assert report.leaderboard(tmp_path, study()).state.tolist() == ["complete"]
+
+    def test_empty_run(self, tmp_path: Path) -> None:
+        assert len(report.leaderboard(tmp_path, study())) == 0
+        read(report.write(tmp_path, study()))
+
+    def test_mean_prefers_acc_norm(self) -> None:
+        scores = scores_of(make_items(0.5, 1))
+        mean, stderr = report.mean_score(scores)
+        assert mean == pytest.approx(np.mean([scores[0].acc, scores[1].acc_norm, scores[2].acc_norm]))
+        assert stderr == pytest.approx(math.sqrt(sum(s.acc_stderr**2 for s in scores)) / 3)
+
+
+class TestPairedDifference:
+    @pytest.fixture(autouse=True, scope="class")
+    def _fewer(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(report, "RESAMPLES", 2000)
+            yield
+
+    def test_covers_the_truth(self) -> None:
+        """About 95 of 100 intervals hold the true difference, 0.1."""
+        hits = 0
+        for seed in range(100):
+            rng = np.random.default_rng(seed)
+            a = {"t": rng.normal(0.1, 1, 80), "u": rng.normal(0.1, 1, 80)}
+            _, low, high = report.paired_difference(a, {"t": np.zeros(80), "u": np.zeros(80)}, seed) or (0, 0, 0)
+            hits += low <= 0.1 <= high
+        assert 88 <= hits <= 100
+
+    def test_matches_the_closed_form(self) -> None:
+        rng = np.random.default_rng(3)
+        gap = (rng.random(1000) < 0.6).astype(float)
+        mean, low, high = report.paired_difference({"t": gap}, {"t": np.zeros(1000)}, 0) or (0, 0, 0)
+        half = 1.96 * gap.std() / math.sqrt(1000)
+        assert mean == pytest.approx(gap.mean())
+        assert (low, high) == (pytest.approx(mean - half, abs=0.004), pytest.approx(mean + half, abs=0.004))
+
+    def test_tasks_weigh_the_same(self) -> None:
+        a = {"big": np.ones(1000), "small": np.zeros(10)}
+        b = {"big": np.zeros(1000), "small": np.zeros(10)}
+        assert (report.paired_difference(a, b, 0) or (0,))[0] == pytest.approx(0.5)
+
+    def test_equal_models_show_no_difference(self) -> None:
+        a = make_items(0.5, 3)
+        assert report.paired_difference(a, a, 0) == (0.0, 0.0, 0.0)
+
+    def test_nothing_in_common(self) -> None:
+        assert report.paired_difference({"a": np.ones(3)}, {"b": np.ones(3)}, 0) is None
+        assert report.paired_difference({"a": np.ones(3)}, {"a": np.ones(4)}, 0) is None
+
+    @given(st.integers(0, 99), st.integers(1, 60))
+    def test_antisymmetric_and_repeatable(self, seed: int, items: int) -> None:
+        a, b = make_items(0.2, seed, items), make_items(0.4, seed + 1, items)
+        one, two = report.paired_difference(a, b, seed), report.paired_difference(b, a, seed)
+        assert one == report.paired_difference(a, b, seed)
+        assert one is not None
+        assert two is not None
+        assert one[0] == pytest.approx(-two[0])
+        assert one[1] <= one[0] <= one[2]
+
+
+class TestPage:
+    def test_is_one_file_that_asks_for_nothing(self, run: Path) -> None:
+        source, _ = read(report.write(run, study()))
+        assert not re.search(r"(src|href)\s*=\s*[\"'](?!#)|url\(|@import|<script|https?:", source)
+        assert len(source) < 400_000
+
+    def test_says_what_was_found(self, run: Path) -> None:
+        _, text = read(report.report(run, study()))
+        for words in ("dense score retained", "20.0 %", "Against the dense model", "Against the best published recipe"):
+            assert words in text
+        assert "flap (trial 1)" in text
+        assert "Search scores are optimistic" in text
+        assert "acc_norm where a task has it" in text
+        assert "adasearch.load" in text
+        assert "Perplexity" in text
+        assert str(run.parent) not in text
+
+    def test_everything_is_escaped(self, run: Path) -> None:
+        evil = "<script>alert('x')</script>\"&"
+        trial(run, 30, 0.9, recipe=evil)
+        failure(run, 31, evil)
+        final(run, "trial30", 30, "finalist", skill=2.0, recipe=evil)
+        source, text = read(report.write(run, study(model=ModelConfig(name=evil))))
+        assert "<script" not in source
+        assert "<script>alert" in text
+
+    def test_no_claim_without_a_difference(self, run: Path) -> None:
+        final(run, "trial1", 1, "recipe", skill=0.7, recipe="flap")
+        _, text = read(report.write(run, study()))
+        assert "no difference shown" in text
+
+    def test_verdicts(self) -> None:
+        made = report.Difference
+        assert "no difference shown" in report_html.verdict(made(mean=0.01, low=-0.01, high=0.03), "x")
+        assert "no difference shown" in report_html.verdict(made(mean=0.01, low=0.0, high=0.03), "x")
+        assert ">better<" in report_html.verdict(made(mean=0.02, low=0.01, high=0.03), "x")
+        assert ">worse<" in report_html.verdict(made(mean=-0.02, low=-0.03, high=-0.01), "x")
+        assert report_html.verdict(None, "x") == ""
+
+    def test_best_that_is_a_recipe(self, run: Path) -> None:
+        final(run, "trial2", 2, "finalist", skill=3.0, recipe="taylor")
+        _, text = read(report.write(run, study()))
+        assert "The best model is a published recipe" in text
+
+    def test_run_under_way(self, tmp_path: Path) -> None:
+        trial(tmp_path, DENSE, 0.5)
+        trial(tmp_path, 0, 0.4)
+        _, text = read(report.write(tmp_path, study()))
+        assert "No finalist has been scored" in text
+        assert "Needs at least 10 scored trials" in text
+
+    def test_damaged_record_is_left_out(self, run: Path) -> None:
+        (trial_folder(run, 22, 0) / "result.json").write_text("{")
+        read(report.write(run, study()))
+
+    def test_failures_are_listed(self, run: Path) -> None:
+        _, text = read(report.write(run, study()))
+        assert "2 of 24 trials gave no score" in text
+        assert "CUDA out of memory while in recover; <b>8 GiB</b>" in text
+
+
+class TestWidths:
+    def test_relative_to_dense(self, run: Path) -> None:
+        rows = report.kept_widths(report.gather(run, study()), 5)
+        assert [r.trial for r in rows[:3]] == [22, 23, 20]
+        assert set(rows[0].kept) == {"attention", "mlp"}
+        values = [v for row in rows for kept in row.kept.values() for v in kept]
+        assert len(rows[0].kept["mlp"]) == LAYERS
+        assert 0 < min(values) < max(values) <= 1
+
+
+class TestPictures:
+    @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+    def test_ticks(self, low: float, span: float) -> None:
+        found = pictures.ticks(low, low + span)
+        assert 1 <= len(found) <= 6
+        assert found == sorted(found)
+        assert all(low - span * 1e-3 <= t <= low + span * 1.001 for t in found)
+
+    def test_single_point(self) -> None:
+        point = pictures.Point(x=0, y=0.5, stderr=0.0, kind="proposal", hint="<a>")
+        svg = pictures.scatter([point], names=("x", "y"), dense=0.5, staircase=True)
+        assert "nan" not in svg
+        assert "&lt;a&gt;" in svg

@@ -1,0 +1,102 @@
+"""Scores and their standard errors against values worked out by hand; perplexity against the definition."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adasearch.config import TaskScore
+from adasearch.errors import DataError, TrialError
+from adasearch.tuning import evaluation
+from adasearch.tuning.items import Item
+from tests.tuning import sample
+
+
+def item(gold=0, lengths=(4, 2), contexts=("c",), choices=(" four", " tw"), acc_norm=True):
+    return Item(task="made", id="0", contexts=contexts, choices=choices, gold=gold, lengths=lengths, acc_norm=acc_norm)
+
+
+LOGLIKS = np.array([-4.0, -3.0])  # per character -1.0 and -1.5
+
+
+def test_accuracies_are_those_of_lm_eval():
+    assert evaluation.item_values([item()], [LOGLIKS], "acc").tolist() == [0.0]
+    assert evaluation.item_values([item()], [LOGLIKS], "acc_norm").tolist() == [1.0]
+    assert evaluation.item_values([item(acc_norm=False)], [LOGLIKS], "acc_norm").tolist() == [0.0]
+    assert evaluation.item_values([item(gold=0)], [np.array([-1.0, -1.0])], "acc").tolist() == [1.0]
+    assert evaluation.item_values([item(gold=1)], [np.array([-1.0, -1.0])], "acc").tolist() == [0.0]
+
+
+def test_the_margin_is_chance_corrected_probability_per_character():
+    expected = (1 / (1 + math.exp(-0.5)) - 0.5) / 0.5
+    assert evaluation.item_values([item()], [LOGLIKS], "margin")[0] == pytest.approx(expected)
+    several = item(contexts=("a", "a longer"), lengths=(1, 8), choices=(" end", " end"))
+    expected = (1 / (1 + math.exp(0.25)) - 0.5) / 0.5
+    assert evaluation.item_values([several], [LOGLIKS], "margin")[0] == pytest.approx(expected)
+
+
+@given(st.lists(st.floats(-1e4, 0), min_size=2, max_size=6), st.data())
+def test_the_margin_lies_in_its_range_and_rises_with_the_right_choice(values, data):
+    gold = data.draw(st.integers(0, len(values) - 1))
+    one = item(gold=gold, lengths=(3,) * len(values), choices=("abc",) * len(values))
+    margin = evaluation.item_values([one], [np.array(values)], "margin")[0]
+    assert -1 / (len(values) - 1) - 1e-9 <= margin <= 1 + 1e-9
+    better = np.array(values)
+    better[gold] += 1.0
+    assert evaluation.item_values([one], [better], "margin")[0] >= margin
+    assert evaluation.item_values([one], [np.zeros(len(values))], "margin")[0] == pytest.approx(0, abs=1e-12)
+
+
+def test_task_scores_carry_standard_errors():
+    items = [item(gold=gold) for gold in (0, 1, 1, 1)]
+    score = evaluation.task_score(items, [LOGLIKS] * 4)
+    assert (score.task, score.n, score.acc, score.acc_norm) == ("made", 4, 0.75, 0.25)
+    assert score.acc_stderr == pytest.approx(np.std([0, 1, 1, 1], ddof=1) / 2)
+    bare = evaluation.task_score([item(acc_norm=False)], [LOGLIKS])
+    assert (bare.acc_norm, bare.acc_norm_stderr, bare.acc_stderr) == (None, None, 0.0)
+
+
+def test_the_objective_is_the_mean_over_tasks():
+    one = evaluation.task_score([item(gold=gold) for gold in (0, 1, 1)], [LOGLIKS] * 3)
+    two = evaluation.task_score([item(acc_norm=False), item(acc_norm=False, gold=1)], [LOGLIKS] * 2)
+    for metric in ("margin", "acc"):
+        value, error = evaluation.objective([one, two], metric)
+        assert value == pytest.approx((getattr(one, metric) + getattr(two, metric)) / 2)
+        errors = getattr(one, f"{metric}_stderr"), getattr(two, f"{metric}_stderr")
+        assert error == pytest.approx(math.sqrt(errors[0] ** 2 + errors[1] ** 2) / 2)
+    assert evaluation.objective([two], "acc_norm") == (two.acc, two.acc_stderr)
+    assert isinstance(one, TaskScore)
+
+
+@pytest.mark.parametrize("window", [8, 64])
+def test_perplexity_is_that_of_windows_alone(window):
+    model = sample.model()
+    tokens = torch.randint(3, 600, (200,), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for line in tokens[: 200 // window * window].view(-1, window):
+        with torch.no_grad():
+            logprobs = model(input_ids=line[None]).logits[0, :-1].double().log_softmax(-1)
+        losses.append(-logprobs[torch.arange(window - 1), line[1:]].mean())
+    expected = math.exp(torch.stack(losses).mean())
+    assert evaluation.perplexity(model, tokens, window) == pytest.approx(expected, rel=1e-5)
+    assert evaluation.perplexity(model, tokens, window, token_budget=window) == pytest.approx(expected, rel=1e-5)
+
+
+def test_logits_are_made_in_pieces(monkeypatch):
+    tokens = torch.randint(3, 600, (128,), generator=torch.Generator().manual_seed(0))
+    whole = evaluation.perplexity(sample.model(), tokens, 32)
+    monkeypatch.setattr("adasearch.tuning.scoring._MAX_LOGITS", 600 * 7)
+    assert evaluation.perplexity(sample.model(), tokens, 32) == pytest.approx(whole, rel=1e-6)
+
+
+def test_perplexity_refuses_short_text_and_broken_models():
+    with pytest.raises(DataError, match="given 64 and 10"):
+        evaluation.perplexity(sample.model(), torch.arange(10), 64)
+    broken = sample.model(seed=9)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(math.inf)
+    with pytest.raises(TrialError, match="not finite"):
+        evaluation.perplexity(broken, torch.arange(64), 32)
