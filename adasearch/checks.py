@@ -136,7 +136,7 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
         target=structure.parameters - removal(structure, study.budget),
         model_digest=_digest(source),
         items={role: _item_ids(study, role, where) for role in ("search", "select", "report")},
-        features=space.num_features,
+        features=space.encoding.num_columns,
         unexpressed={name: space.obstacle(recipe) for name, recipe in recipes.items() if space.encode(recipe) is None},
     )
 

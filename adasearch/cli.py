@@ -56,8 +56,10 @@ def _dashboard(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> None:
     from adasearch.loading import verify
 
-    for line in verify(Path(args.export)).lines():
+    report = verify(Path(args.export))
+    for line in report.lines():
         _say(line)
+    report.require()
 
 
 def _replay(args: argparse.Namespace) -> None:
@@ -147,3 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -70,11 +70,12 @@ class ObjectiveConfig:
 
 @value
 class ReportConfig:
-    """What is scored once, at the end: tasks by name, perplexity corpora, and the window lengths in tokens."""
+    """What is scored once, at the end: tasks by name; perplexity on the first tokens of corpora, by window length."""
 
     tasks: tuple[str, ...]
     items: Count | None = None
     perplexity: tuple[str, ...] = ()
+    perplexity_tokens: Count = 65536
     windows: tuple[Count, ...] = (128, 2048)
 
 

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from adasearch.workbench import Workbench
 
 ATTEMPTS = 2
-PERPLEXITY_TOKENS = 40_960
 
 
 class Notes(Protocol):
@@ -136,9 +135,10 @@ def _score(model: nn.Module, bench: Workbench, role: Any) -> tuple[tuple[TaskSco
 
 def _perplexity(model: nn.Module, bench: Workbench) -> dict[str, float]:
     found: dict[str, float] = {}
-    for corpus in bench.study.report.perplexity:
-        tokens = data.perplexity_tokens(bench.base.tokenizer, corpus, bench.study.data_root)[:PERPLEXITY_TOKENS]
-        for window in bench.study.report.windows:
+    report = bench.study.report
+    for corpus in report.perplexity:
+        tokens = data.perplexity_tokens(bench.base.tokenizer, corpus, bench.study.data_root)[: report.perplexity_tokens]
+        for window in report.windows:
             if len(tokens) >= window:
                 found[f"{corpus}@{window}"] = evaluation.perplexity(model, tokens, window)
     return found

@@ -60,6 +60,11 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def num_gpus() -> int:
+    """Return how many CUDA devices this machine has."""
+    return torch.cuda.device_count()
+
+
 def pick_device() -> torch.device:
     """Return the device that trials of this process run on: CUDA where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

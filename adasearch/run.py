@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import datetime
 import functools
-import json
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import yaml
+from typing import TYPE_CHECKING
 
 from adasearch.checks import Checked, check_study
 from adasearch.config import StudyConfig, load_study, study_from_dict
 from adasearch.display import open_display
 from adasearch.documents import read_yaml
 from adasearch.environment import machine, versions
-from adasearch.errors import ConfigError, StorageError
-from adasearch.records import DENSE, read_records, write_atomically, write_json
+from adasearch.errors import ConfigError
+from adasearch.records import DENSE, read_records, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -78,31 +75,6 @@ def _write_manifest(run: Path, study: StudyConfig, checked: Checked) -> None:
     )
 
 
-def open_run(run: Path, study: StudyConfig) -> None:
-    """Make the run folder, or check that the one that is there belongs to this study.
-
-    Raises:
-        StorageError: the folder holds another study or cannot be written.
-    """
-    path = run / "config.yaml"
-    if path.exists():
-        earlier = load_run(run)
-        if earlier.fingerprint != study.fingerprint:
-            changed = ", ".join(_differences(earlier, study))
-            advice = "give another folder with --out, or another name in the study"
-            raise StorageError(f"{run}: holds another study: {changed} differ; {advice}")
-    elif run.exists() and any(run.iterdir()) and not (run / "lease.json").exists():
-        raise StorageError(f"{run}: must be empty or a run of this study; give another folder with --out")
-    text = yaml.safe_dump(study.to_dict(), sort_keys=False, allow_unicode=True)
-    write_atomically(path, text.encode())
-
-
-def _differences(one: StudyConfig, two: StudyConfig) -> list[str]:
-    a, b = one.to_dict(), two.to_dict()
-    searched = ("model", "space", "budget", "objective", "trial", "recipes", "seed", "sampler", "racing")
-    return [key for key in searched if a[key] != b[key]]
-
-
 def load_run(run: Path) -> StudyConfig:
     """Return the study that a run folder was made with.
 
@@ -133,6 +105,7 @@ def run_study(path: Path, *, out: Path | None, say: Callable[[str], None]) -> Pa
     from adasearch.search.driver import run_search
     from adasearch.search.lease import hold
     from adasearch.search.space import Space
+    from adasearch.search.study import check_owner
 
     _quieten()
     study = load_study(path)
@@ -140,7 +113,7 @@ def run_study(path: Path, *, out: Path | None, say: Callable[[str], None]) -> Pa
     checked = check_study(study, f"{path}:", run)
     run.mkdir(parents=True, exist_ok=True)
     with hold(run):
-        open_run(run, study)
+        check_owner(run, study)
         _write_manifest(run, study, checked)
         space = Space.from_config(study.space, study.trial, seed=study.seed)
         say(f"{study.name}: {checked.summary} -> {run}")
@@ -166,20 +139,20 @@ def _quieten() -> None:
 
 def write_report(run: Path) -> Path:
     """Write ``leaderboard.csv`` and ``report.html`` of a run and return the report's path."""
-    from adasearch.report import write
+    from adasearch import dashboard, report
 
-    return write(run, load_run(run))
+    study = load_run(run)
+    dashboard.add_figures(run, report.gather(run, study))
+    return report.write(run, study)
 
 
 def rebuild(run: Path) -> str:
     """Make ``study.db`` again from the trial records and return what was done."""
-    from adasearch.search.lease import hold
     from adasearch.search.space import Space
     from adasearch.search.study import rebuild as rebuild_study
 
     study = load_run(run)
-    with hold(run):
-        count = rebuild_study(run, study, Space.from_config(study.space, study.trial, seed=study.seed))
+    count = rebuild_study(run, study, Space.from_config(study.space, study.trial, seed=study.seed))
     return f"{run / 'study.db'} rebuilt from {count} trial records"
 
 
@@ -236,8 +209,3 @@ def replay(run: Path, number: int) -> Iterator[str]:
         else f"difference {result.score - record.result.score:+.6f}"
         + (" (the recorded trial had stopped early)" if record.result.stopped else "")
     )
-
-
-def read_json(path: Path) -> Any:
-    """Return what a JSON file of a run holds."""
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -56,7 +56,10 @@ def test_defaults_are_filled_in():
         ({"space": "quikstart"}, "s.yaml: space: no file for 'quikstart'; did you mean 'quickstart'"),
         ({"recipes": ["flapp"]}, "s.yaml: recipes: no file for 'flapp'; did you mean 'flap'"),
         ({"trial": {"importance": "tailor"}}, "s.yaml: trial.importance.type: unknown importance criterion 'tailor'"),
-        ({"trial": {"recovery": {"type": "lora", "rnk": 3}}}, "s.yaml: trial.recovery.rnk: unknown key 'rnk'; did you mean 'rank'"),
+        (
+            {"trial": {"recovery": {"type": "lora", "rnk": 3}}},
+            "s.yaml: trial.recovery.rnk: unknown key 'rnk'; did you mean 'rank'",
+        ),
         ({"trial": {"recovry": {}}}, "s.yaml: trial.recovry: unknown key 'recovry'; did you mean 'recovery'"),
         ({"finalize": {"recovery": {"type": "ful"}}}, "s.yaml: finalize.recovery.type: unknown recovery 'ful'"),
         ({"finalize": {"formats": ["onnx"]}}, "s.yaml: finalize.formats: unknown export format 'onnx'"),

@@ -36,13 +36,21 @@ def texts(count, words=150):
     return [" ".join(f"w{i}x{j}" for j in range(words)) for i in range(count)]
 
 
-def test_pydoc_is_there_balanced_and_disjoint():
-    parts = {part: data.documents("pydoc", part) for part in data.PARTS}
-    assert all(sum(map(len, found)) > 40_000 for found in parts.values())
+def check_parts(spec, root=None, least=40_000):
+    """Check that no document is in two parts and that each part has about its share of the text."""
+    parts = {part: data.documents(spec, part, root) for part in data.PARTS}
     everything = [text for found in parts.values() for text in found]
     assert len(everything) == len(set(everything))
-    share = sum(map(len, parts["fit"])) / sum(map(len, everything))
-    assert 0.5 < share < 0.7
+    for part, (low, high) in data.PARTS.items():
+        size = sum(map(len, parts[part]))
+        assert size > least
+        assert size / sum(map(len, everything)) == pytest.approx(high - low, abs=0.15)
+
+
+@pytest.mark.parametrize("spec", data.EMBEDDED)
+def test_embedded_text_is_there_balanced_and_disjoint(spec):
+    data.check_corpus(spec)
+    check_parts(spec)
 
 
 def test_an_edit_of_one_section_moves_no_other_document(monkeypatch):
@@ -214,6 +222,4 @@ def test_perplexity_reads_a_named_split_whole_and_else_the_report_part(tmp_path)
 def test_real_corpora_read_and_are_balanced(spec):
     root = sample.data_root()
     data.check_corpus(spec, root)
-    sizes = {part: sum(map(len, data.documents(spec, part, root))) for part in data.PARTS}
-    assert 0.45 < sizes["fit"] / sum(sizes.values()) < 0.75
-    assert min(sizes.values()) > 50_000
+    check_parts(spec, root)

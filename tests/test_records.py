@@ -27,7 +27,9 @@ from adasearch.records import (
     write_record,
 )
 
-SCORE = TaskScore(task="t", n=3, acc=1 / 3, acc_stderr=0.1, acc_norm=None, acc_norm_stderr=None, margin=0.2, margin_stderr=0.01)
+SCORE = TaskScore(
+    task="t", n=3, acc=1 / 3, acc_stderr=0.1, acc_norm=None, acc_norm_stderr=None, margin=0.2, margin_stderr=0.01
+)
 RESULT = TrialResult(score=0.25, stderr=0.01, tasks=(SCORE,), parameters=10, widths={"g": 3}, items=3, stopped=False,
                      seconds={"cut": 0.5}, peak_bytes=5, notes={"loss_first": 2.0, "x": "y"})  # fmt: skip
 
@@ -49,7 +51,9 @@ def test_records_come_in_order_of_number_and_attempt(tmp_path):
     assert [(r.number, r.attempt) for r in read_records(tmp_path)] == [(DENSE, 1), (2, 1), (2, 2), (10, 1)]
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b.replace(b"0.25", b"0.75"), lambda b: b"\x00" * 9])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b.replace(b"0.25", b"0.75"), lambda b: b"\x00" * 9]
+)
 def test_a_damaged_record_counts_as_absent(tmp_path, damage):
     write_record(tmp_path, record())
     path = trial_folder(tmp_path, 0, 1) / "result.json"

@@ -24,12 +24,19 @@ from adasearch.pruning import statistics
 from adasearch.pruning.statistics import FAMILIES, Covariance, GradientSum, Moments, Statistics
 from adasearch.pruning.structure import ModelStructure, Slice
 
+# A batch this large keeps two cores busy; a larger one only holds more activations.
+_CPU_TOKENS, _DEVICE_TOKENS = 512, 8192
 _HEAD_ROWS = 256
 _ABANDONED_SECONDS = 3600.0
 
 
 def collect(
-    model: nn.Module, structure: ModelStructure, tokens: Tensor, needs: frozenset[str], *, token_budget: int = 2048
+    model: nn.Module,
+    structure: ModelStructure,
+    tokens: Tensor,
+    needs: frozenset[str],
+    *,
+    token_budget: int | None = None,
 ) -> Statistics:
     """Return the statistics in `needs` of a dense model on a calibration sample.
 
@@ -42,7 +49,7 @@ def collect(
         structure: the groups of that model.
         tokens: N × T token ids.
         needs: names out of ``moments``, ``covariance``, ``gradient``, ``fisher``.
-        token_budget: greatest number of tokens in one batch; one sequence always fits.
+        token_budget: greatest number of tokens in one batch, one sequence always fits; None suits the device.
 
     Raises:
         DataError: there is no sequence, or sequences are too short to have a next token.
@@ -54,8 +61,9 @@ def collect(
             f"a calibration sample must be at least 1 sequence of 2 tokens, given shape {tuple(tokens.shape)}"
         )
     sequences, length = tokens.shape
-    batch = 1 if "fisher" in needs else max(1, token_budget // length)
     device = next(model.parameters()).device
+    token_budget = token_budget or (_CPU_TOKENS if device.type == "cpu" else _DEVICE_TOKENS)
+    batch = 1 if "fisher" in needs else max(1, token_budget // length)
     features: dict[str, Moments | Covariance] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(_evaluating(model))

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adasearch.config import StudyConfig, TrialConfig, TrialResult, merged
 from adasearch.documents import value
@@ -24,19 +24,24 @@ from adasearch.errors import NoTrialError
 from adasearch.records import DENSE, Record, read_records, trial_folder
 from adasearch.search.executor import Executor, Outcome
 from adasearch.search.lease import hold
-from adasearch.search.outcomes import commonest_cause, copied_record, records_of, sound_record, too_many_failed
-from adasearch.search.space import Space
-from adasearch.search.study import (
+from adasearch.search.outcomes import (
     Asked,
     Recipe,
-    SearchStudy,
+    commonest_cause,
+    copied_record,
     lag,
     next_attempt,
     num_workers,
-    open_study,
+    records_of,
     settled,
+    sound_record,
+    too_many_failed,
     write_proposal,
 )
+from adasearch.search.space import Space
+
+if TYPE_CHECKING:
+    from adasearch.search.study import SearchStudy
 
 _LOG = logging.getLogger(__name__)
 _WAIT_SECONDS = 1.0
@@ -140,17 +145,16 @@ def run_search(study: StudyConfig, space: Space, run: Path, executor: Executor, 
         NoTrialError: no trial succeeded, or too many of the last ones failed.
         KeyboardInterrupt: on Ctrl-C or SIGTERM; the same call goes on from there.
     """
+    # here, because workers import this module for `Assignment` and have no use for the optimizer
+    from adasearch.search.study import open_study
+
     run = run.resolve()
     with _ending_on_terminate():
         try:
-            with hold(run):
-                book = open_study(run, study, space)
-                try:
-                    search = _Search(study, space, run, executor, observer, book)
-                    search.resume()
-                    search.loop()
-                finally:
-                    book.close()
+            with hold(run), contextlib.closing(open_study(run, study, space)) as book:
+                search = _Search(study, space, run, executor, observer, book)
+                search.resume()
+                search.loop()
         except BaseException:
             executor.close()
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from adasearch.documents import value
 from adasearch.errors import AdaSearchError, TrialError
@@ -49,6 +49,14 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """End all workers, whatever they are doing; may be called twice."""
+        ...
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        ...
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What came of a trial: from a worker's answer to the record that stands, and when failures are too many."""
+"""Trials between asking and telling: in which order, what came of them in the end, and what lies in their folders."""
 
 from __future__ import annotations
 
@@ -7,21 +7,82 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from adasearch.config import TrialConfig
+import yaml
+
+from adasearch.config import StudyConfig, TrialConfig
+from adasearch.documents import value
 from adasearch.records import (
     Failure,
     Record,
     read_items,
     read_record,
     trial_folder,
+    write_atomically,
     write_items,
+    write_json,
     write_record,
 )
 from adasearch.search.executor import Outcome
-from adasearch.search.study import Asked, next_attempt, write_proposal
 
 WINDOW, LEAST_WINDOW = 10, 5
+RETRIED = frozenset({"memory", "timeout", "worker_lost"})
+
+
+@value
+class Asked:
+    """A trial of the study: where it lies in the space, which recipe it is if any, and whether it has been told."""
+
+    number: int
+    params: dict[str, Any]
+    recipe: str | None
+    told: bool
+
+
+@value
+class Recipe:
+    """A published recipe as a point of the space."""
+
+    name: str
+    params: dict[str, Any]
+
+
+def num_workers(config: StudyConfig) -> int:
+    """Return how many trials the study runs at the same time."""
+    return 1 if config.cluster.address == "in_process" else config.cluster.workers
+
+
+def lag(workers: int) -> int:
+    """Return how far telling stays behind asking: trial n is asked when exactly those up to n - lag are told.
+
+    With several workers one finished trial may wait to be told, so that a worker need not wait for the slowest.
+    """
+    return 1 if workers == 1 else workers + 1
+
+
+def settled(records: Sequence[Record], attempts: int) -> Record | None:
+    """Return what came of a trial in the end, given its records by attempt; None if it is to be run (again)."""
+    for record in records:
+        if record.result is not None:
+            return record
+        if record.failure is not None and record.failure.kind not in RETRIED:
+            return record
+    return records[-1] if len(records) >= attempts else None
+
+
+def write_proposal(run: Path, asked: Asked, attempt: int, config: dict[str, Any]) -> None:
+    """Write into a trial's folder where it lies in the space, and its configuration as a recipe is written."""
+    folder = trial_folder(run, asked.number, attempt)
+    write_json(folder / "proposal.json", {"number": asked.number, "params": asked.params, "recipe": asked.recipe})
+    write_atomically(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
+
+
+def next_attempt(run: Path, number: int) -> int:
+    """Return the attempt, from 1, of which there is no folder yet, nor of any later one."""
+    prefix = trial_folder(run, number, 0).name.removesuffix("0")
+    names = [folder.name for folder in (run / "trials").glob(f"{prefix}*")]
+    return max((int(name.rpartition("-")[2]) for name in names if name.rpartition("-")[2].isdigit()), default=0) + 1
 
 
 def records_of(run: Path, number: int) -> list[Record]:

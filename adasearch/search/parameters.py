@@ -174,4 +174,6 @@ class Encoding:
 def _one_hot(parameter: CategoricalParameter, index: int) -> np.ndarray:
     if len(parameter.choices) <= 2:
         return np.array([float(index)])
-    return np.eye(len(parameter.choices))[index] / math.sqrt(2)
+    row = np.zeros(len(parameter.choices))
+    row[index] = 1 / math.sqrt(2)
+    return row

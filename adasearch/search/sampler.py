@@ -199,8 +199,11 @@ class BoTorchSampler(BaseSampler):
         free = np.array([view.encoding.free(view.active(params)) for params in candidates])
         rows = np.array([features(params) for params in candidates])
         ranked = propose(data, rows, free, lambda i, row: features(moved(i, row)), seed, len(rows))
-        points = [moved(proposal.index, proposal.features) for proposal in ranked]
-        return next((params for params in points if view.key(params) not in known), points[0])
+        for proposal in ranked:
+            params = moved(proposal.index, proposal.features)
+            if view.key(params) not in known:
+                return params
+        return moved(ranked[0].index, ranked[0].features)
 
     def _fallen_back(self, study: Study, trial: FrozenTrial) -> dict[str, Any]:
         sampler = TPESampler(seed=derived_seed(self._seed, trial.number, "tpe"), n_startup_trials=1)

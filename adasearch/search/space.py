@@ -14,6 +14,7 @@ features, so points that differ only there are the same trial.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -256,8 +257,12 @@ def _default_types() -> dict[str, Any]:
     return {section: {"type": getattr(trial, section).type} for section in COMPONENTS}
 
 
+def _field_names(cls: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
 def _option_names(section: str, name: str) -> list[str]:
-    return list(COMPONENTS[section].get(name, section).options.__dataclass_fields__)
+    return _field_names(COMPONENTS[section].get(name, section).options)
 
 
 def _read(path: str, spec: dict[str, Any]) -> Dimension:
@@ -270,8 +275,8 @@ def _read(path: str, spec: dict[str, Any]) -> Dimension:
     settings = {key: item for key, item in spec.items() if key != kinds[0]}
     domain = spec[kinds[0]]
     if not isinstance(domain, dict):
-        domain = {next(iter(entry.options.__dataclass_fields__)): domain}
-    options = parse(entry.options, {**domain, **settings}, f"{where}.{kinds[0]}")
+        domain = {_field_names(entry.options)[0]: domain}
+    options: Any = parse(entry.options, {**domain, **settings}, f"{where}.{kinds[0]}")
     section, needed, keys = _resolved(path, where)
     try:
         parameters = entry.function(path, options)
@@ -290,7 +295,7 @@ def _resolved(path: str, where: str) -> tuple[str, str | None, tuple[str, ...]]:
     if section not in {*_SECTIONS, *COMPONENTS}:
         raise ConfigError(where, f"unknown path {section!r}; {nearest(section, [*_SECTIONS, *COMPONENTS])}")
     if section in _SECTIONS:
-        known = list(_SECTIONS[section].__dataclass_fields__)
+        known = _field_names(_SECTIONS[section])
         if not rest or rest[0] not in known:
             given = rest[0] if rest else ""
             raise ConfigError(where, f"unknown key {given!r} of {section}; {nearest(given, known)}")

@@ -12,7 +12,7 @@ import re
 import shutil
 import sqlite3
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from optuna_dashboard import save_note
 from sqlalchemy.exc import SQLAlchemyError
 
 from adasearch.config import StudyConfig, TrialResult
-from adasearch.documents import plain, read_yaml, value
+from adasearch.documents import plain, read_yaml
 from adasearch.errors import ConfigError, StorageError
 from adasearch.records import (
     Record,
@@ -33,60 +33,18 @@ from adasearch.records import (
     storage_errors,
     trial_folder,
     write_atomically,
-    write_json,
 )
 from adasearch.search import lease
 from adasearch.search.executor import printable
 from adasearch.search.notes import study_note, trial_note
+from adasearch.search.outcomes import Asked, Recipe, lag, num_workers, settled
 from adasearch.search.sampler import RECIPE, STDERR, distributions, make_sampler
 from adasearch.search.space import Space
 
-RETRIED = frozenset({"memory", "timeout", "worker_lost"})
 _SEARCHED = ("model", "space", "budget", "objective", "trial", "recipes", "seed", "sampler", "racing")
 _NAME, _FINGERPRINT = "study.db", "fingerprint"
 _FOLDER = re.compile(r"^(\d+)-(\d+)$")
 _BUSY_SECONDS = 60.0
-
-
-@value
-class Asked:
-    """A trial of the study: where it lies in the space, which recipe it is if any, and whether it has been told."""
-
-    number: int
-    params: dict[str, Any]
-    recipe: str | None
-    told: bool
-
-
-@value
-class Recipe:
-    """A published recipe as a point of the space."""
-
-    name: str
-    params: dict[str, Any]
-
-
-def num_workers(config: StudyConfig) -> int:
-    """Return how many trials the study runs at the same time."""
-    return 1 if config.cluster.address == "in_process" else config.cluster.workers
-
-
-def lag(workers: int) -> int:
-    """Return how far telling stays behind asking: trial n is asked when exactly those up to n - lag are told.
-
-    With several workers one finished trial may wait to be told, so that a worker need not wait for the slowest.
-    """
-    return 1 if workers == 1 else workers + 1
-
-
-def settled(records: Sequence[Record], attempts: int) -> Record | None:
-    """Return what came of a trial in the end, given its records by attempt; None if it is to be run (again)."""
-    for record in records:
-        if record.result is not None:
-            return record
-        if record.failure is not None and record.failure.kind not in RETRIED:
-            return record
-    return records[-1] if len(records) >= attempts else None
 
 
 @contextlib.contextmanager
@@ -281,20 +239,6 @@ def _attributes(record: Record) -> dict[str, Any]:
         "seconds": round(sum(result.seconds.values()), 2),
         "tasks": {task.task: round(task.acc, 4) for task in result.tasks},
     }
-
-
-def write_proposal(run: Path, asked: Asked, attempt: int, config: dict[str, Any]) -> None:
-    """Write into a trial's folder where it lies in the space, and its configuration as a recipe is written."""
-    folder = trial_folder(run, asked.number, attempt)
-    write_json(folder / "proposal.json", {"number": asked.number, "params": asked.params, "recipe": asked.recipe})
-    write_atomically(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
-
-
-def next_attempt(run: Path, number: int) -> int:
-    """Return the attempt, from 1, of which there is no folder yet, nor of any later one."""
-    prefix = trial_folder(run, number, 0).name.removesuffix("0")
-    names = [folder.name for folder in (run / "trials").glob(f"{prefix}*")]
-    return max((int(name.rpartition("-")[2]) for name in names if name.rpartition("-")[2].isdigit()), default=0) + 1
 
 
 def open_study(run: Path, config: StudyConfig, space: Space) -> SearchStudy:

@@ -11,11 +11,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from botorch.acquisition.logei import qLogNoisyExpectedImprovement
-from botorch.exceptions import BotorchError
+from botorch.exceptions.errors import BotorchError
 from botorch.fit import fit_gpytorch_mll
-from botorch.generation import gen_candidates_scipy
+from botorch.generation.gen import gen_candidates_scipy
 from botorch.models import SingleTaskGP
-from botorch.sampling import SobolQMCNormalSampler
+from botorch.sampling.normal import SobolQMCNormalSampler
 from gpytorch.constraints import GreaterThan
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood
 from gpytorch.mlls import ExactMarginalLogLikelihood
@@ -29,7 +29,7 @@ MAX_POINTS = 300
 _KEPT_BEST = 100
 _NUM_DRAWS = 64
 _NUM_STARTS = 4
-_FIT_STEPS = 150
+_FIT_STEPS = 100
 _ASCENT_STEPS = 30
 _NOISE_FLOOR = 1e-6
 
@@ -126,7 +126,7 @@ def fit(data: Observations) -> SingleTaskGP:
     no comparison; how much is left is fitted (prior of Hvarfner et al. 2024, arXiv 2402.02229, as in BoTorch). What
     the variance of a trial that was scored on fewer items exceeds the least one by is known, and given.
     """
-    spread = float(data.scores.std()) if len(data.scores) > 1 else 0.0
+    spread = float(data.scores.std(ddof=1)) if len(data.scores) > 1 else 0.0
     spread = spread if spread > 0 else 1.0
     x = torch.as_tensor(data.points, dtype=torch.float64)
     y = torch.as_tensor((data.scores - data.scores.mean()) / spread, dtype=torch.float64).unsqueeze(-1)
@@ -161,7 +161,7 @@ def _evaluated(gain: qLogNoisyExpectedImprovement, points: np.ndarray) -> np.nda
     """Return the acquisition value (Q) of each of Q×d points."""
     x = torch.as_tensor(points, dtype=torch.float64).unsqueeze(-2)
     with torch.no_grad():
-        return torch.cat([gain(part) for part in x.split(128)]).numpy()
+        return torch.cat([gain(part) for part in torch.split(x, 128)]).numpy()
 
 
 def _ascended(gain: qLogNoisyExpectedImprovement, starts: np.ndarray, free: np.ndarray) -> np.ndarray:

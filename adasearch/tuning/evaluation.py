@@ -119,8 +119,10 @@ def perplexity(model: Any, tokens: torch.Tensor, window: int, token_budget: int 
     device = model.lm_head.weight.device
     budget = token_budget or (_CPU_TOKENS if device.type == "cpu" else _DEVICE_TOKENS)
     total = 0.0
-    for batch in tokens[: count * window].view(count, window).split(max(1, budget // window)):
-        batch = batch.to(device)
+    windows = tokens[: count * window].view(count, window)
+    step = max(1, budget // window)
+    for begin in range(0, count, step):
+        batch = windows[begin : begin + step].to(device)
         states = model.model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
         lines = torch.arange(len(states), device=device)
         values, _ = target_logprobs(model.lm_head, states, lines, batch[:, 1:].flatten())

@@ -99,7 +99,7 @@ class _PairEncoder:
         self.limit = limit
         bos = tokenizer.bos_token_id
         self.start = bos if bos is not None else tokenizer.eos_token_id
-        self.start_text = tokenizer.decode(self.start)
+        self.start_text = str(tokenizer.decode(self.start))
 
     def _ids(self, text: str) -> list[int]:
         if text.startswith(self.start_text):
@@ -241,11 +241,12 @@ def _hidden(model: Any, rows: Sequence[_Row]) -> torch.Tensor:
 
 
 def target_logprobs(
-    head: torch.nn.Module, states: torch.Tensor, lines: torch.Tensor, targets: torch.Tensor
+    head: torch.nn.Linear, states: torch.Tensor, lines: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the log-probability of tokens (float32 vector) and whether each is the likeliest (bool vector).
 
-    The logits are made in pieces of at most `_MAX_LOGITS` elements, their softmax in float32.
+    The logits are made in pieces of at most `_MAX_LOGITS` elements, their softmax in float32. It is torch's
+    `log_softmax` because lm-eval's is: over a large vocabulary its rounding differs from `logsumexp`'s by 1e-5 a token.
 
     Args:
         head: the model's output projection, D to V.
@@ -256,11 +257,11 @@ def target_logprobs(
     step = max(1, _MAX_LOGITS // head.weight.shape[0])
     values, best = [], []
     for begin in range(0, len(states), step):
-        logits = head(states[begin : begin + step]).float()
+        logprobs = head(states[begin : begin + step]).float().log_softmax(-1)
         low, high = torch.searchsorted(lines, torch.tensor([begin, begin + step], device=lines.device)).tolist()
         line, target = lines[low:high] - begin, targets[low:high]
-        values.append(logits[line, target] - logits.logsumexp(-1)[line])
-        best.append(logits.argmax(-1)[line] == target)
+        values.append(logprobs[line, target])
+        best.append(logprobs.argmax(-1)[line] == target)
     return torch.cat(values), torch.cat(best)
 
 

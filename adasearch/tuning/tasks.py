@@ -45,7 +45,7 @@ class TaskFacts:
         return (*self.dataset, self.split)
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """Reads a task's file without importing the functions that it names."""
 
 

@@ -8,6 +8,7 @@ import hashlib
 import os
 import random
 import signal
+import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -33,8 +34,8 @@ from adasearch.documents import Count, Positive, parse, value
 from adasearch.errors import TrialError
 from adasearch.records import Record, write_items, write_record
 from adasearch.registry import Entry, NoOptions, Registry
-from adasearch.search.driver import Assignment
-from adasearch.search.executor import Outcome, classify
+from adasearch.search.driver import Assignment, run_search
+from adasearch.search.executor import InProcessExecutor, Outcome, classify
 from adasearch.search.space import Space
 
 
@@ -232,3 +233,25 @@ class ThreadExecutor:
     def close(self):
         self.closed = True
         self._pool.shutdown(cancel_futures=True)
+
+
+class Stop(BaseException):
+    """The driver's process ends here."""
+
+
+def search(study, run, faults=Faults(), executor=None, observer=lambda snapshot: None):
+    executor = executor or InProcessExecutor(factory(faults))
+    return run_search(study, make_space(study), run, executor, observer)
+
+
+def table(records):
+    """Return what a search found, without what differs between machines and attempts."""
+    return [
+        (r.number, r.recipe, r.config, r.result.score if r.result else None, r.failure.kind if r.failure else None)
+        for r in records
+    ]
+
+
+def told(run):
+    with sqlite3.connect(run / "study.db") as connection:
+        return connection.execute("SELECT number, state FROM trials ORDER BY number").fetchall()

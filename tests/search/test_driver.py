@@ -15,61 +15,23 @@ from pathlib import Path
 
 import optuna
 import pytest
-from optuna.artifacts import get_all_artifact_meta
-from optuna_dashboard import get_note
 
 from adasearch import records as records_module
 from adasearch.config import ClusterConfig, LimitsConfig, RacingConfig, SamplerConfig, SpaceConfig
 from adasearch.errors import ConfigError, NoTrialError, StorageError
 from adasearch.records import DENSE, read_record, read_records
+from adasearch.search import outcomes
 from adasearch.search import study as study_module
-from adasearch.search.driver import run_search
 from adasearch.search.executor import InProcessExecutor
-from adasearch.search.study import rebuild
-from tests.search.synthetic import Faults, ThreadExecutor, factory, make_space, make_study
+from tests.search.synthetic import Faults, Stop, ThreadExecutor, factory, make_study, search, table, told
 
 pytestmark = pytest.mark.usefixtures("fakes")
-
-
-class Stop(BaseException):
-    """The driver's process ends here."""
-
-
-def search(study, run, faults=Faults(), executor=None, observer=lambda snapshot: None):  # noqa: B008 - frozen
-    executor = executor or InProcessExecutor(factory(faults))
-    return run_search(study, make_space(study), run, executor, observer)
-
-
-def table(records):
-    """Return what a search found, without what differs between machines and attempts."""
-    return [
-        (r.number, r.recipe, r.config, r.result.score if r.result else None, r.failure.kind if r.failure else None)
-        for r in records
-    ]
-
-
-def told(run):
-    with sqlite3.connect(run / "study.db") as connection:
-        return connection.execute("SELECT number, state FROM trials ORDER BY number").fetchall()
 
 
 def attributes(run):
     query = "SELECT trials.number, key, value_json FROM trial_user_attributes JOIN trials USING (trial_id)"
     with sqlite3.connect(run / "study.db") as connection:
         return {(number, key): text for number, key, text in connection.execute(query)}
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """Eight trials without any interruption."""
-    from adasearch import config
-    from tests.search.synthetic import FAKES
-
-    real = dict(config.COMPONENTS)
-    config.COMPONENTS.update(FAKES)
-    found = table(search(make_study(), tmp_path_factory.mktemp("reference")))
-    config.COMPONENTS.update(real)
-    return found
 
 
 def test_all_trials_are_run_recorded_and_told(tmp_path, reference):
@@ -91,25 +53,6 @@ def test_all_trials_are_run_recorded_and_told(tmp_path, reference):
     assert all(r.config["seed"] == 7 for r in found[1:])
 
 
-def test_the_study_holds_what_a_reader_wants(tmp_path):
-    search(make_study(trials=4), tmp_path)
-    (name,) = optuna.get_all_study_names(f"sqlite:///{tmp_path / 'study.db'}")
-    study = optuna.load_study(study_name=name, storage=f"sqlite:///{tmp_path / 'study.db'}")
-    assert study.metric_names == ["margin, mean of the search tasks"]
-    assert "4 trials" in get_note(study)
-    trial = study.trials[1]
-    assert trial.user_attrs["recipe"] == "obs_lora"
-    assert trial.user_attrs["stderr"] == 0.01
-    assert trial.user_attrs["tasks"] == {"cloze/pydoc": 0.5}
-    assert "cloze/pydoc" in get_note(optuna.Trial(study, trial._trial_id))
-    files = get_all_artifact_meta(trial, storage=study._storage)
-    assert sorted(meta.filename for meta in files) == ["config.yaml", "result.json"]
-    stored = [
-        (tmp_path / "artifacts" / meta.artifact_id).read_bytes() for meta in files if meta.filename == "result.json"
-    ]
-    assert stored == [(tmp_path / "trials" / "1-1" / "result.json").read_bytes()]
-
-
 @pytest.mark.parametrize("sampler", ["tpe", "botorch"])
 def test_proposals_do_not_depend_on_who_finishes_first(tmp_path, sampler):
     study = make_study(sampler=SamplerConfig(type=sampler, startup=3), cluster=ClusterConfig(workers=2))
@@ -128,8 +71,8 @@ def test_a_search_that_ends_between_events_goes_on_as_if_it_had_not(tmp_path, re
 
     log = tmp_path / "log"
     for point in (1, 4, 7, 8):
+        stop = functools.partial(observe, point=point)
         with pytest.raises(Stop):
-            stop = functools.partial(observe, point=point)
             search(make_study(), tmp_path / "run", Faults(log=str(log)), observer=stop)
         assert not (tmp_path / "run" / "lease.json").exists()
     assert table(search(make_study(), tmp_path / "run", Faults(log=str(log)))) == reference
@@ -145,7 +88,7 @@ PLACES = {
     "artifacts": (study_module, "upload_artifact", False),
     "tell": (optuna.Study, "tell", False),
     "told": (optuna.Study, "tell", True),
-    "write": (study_module, "write_json", False),
+    "write": (outcomes, "write_json", False),
 }
 
 
@@ -274,60 +217,10 @@ def test_a_search_without_any_success_is_an_error(tmp_path):
         search(study, tmp_path, Faults(every="nan"))
 
 
-def test_a_folder_of_another_study_is_refused(tmp_path):
-    search(make_study(trials=2), tmp_path)
-    with pytest.raises(StorageError, match="holds another study: seed differ"):
-        search(make_study(seed=8), tmp_path)
-    other = SpaceConfig(name="fake", dimensions={"importance": {"choice": ["taylor", "obs"]}})
-    with pytest.raises(StorageError, match="space, sampler differ"):
-        search(make_study(space=other, sampler=SamplerConfig(type="random")), tmp_path)
-    (tmp_path / "config.yaml").unlink()
-    with pytest.raises(StorageError, match="fingerprint"):
-        search(make_study(seed=8), tmp_path)
-
-
 def test_more_trials_may_be_asked_for_later(tmp_path, reference):
     search(make_study(trials=4), tmp_path)
     assert table(search(make_study(trials=8), tmp_path)) == reference
     assert table(search(make_study(trials=4), tmp_path)) == reference
-
-
-@pytest.mark.parametrize("damage", ["garbage", "cut", "missing", "page"])
-def test_a_damaged_database_is_made_again_from_the_records(tmp_path, damage, reference):
-    study = make_study()
-    search(study, tmp_path)
-    before = told(tmp_path)
-    path = tmp_path / "study.db"
-    data = bytearray(path.read_bytes())
-    if damage == "page":
-        data[4096:40960] = b"\xff" * 36864
-    content = {"garbage": b"not a database" * 999, "cut": bytes(data[:20000]), "page": bytes(data)}.get(damage)
-    for end in ("-wal", "-shm"):
-        path.with_name(path.name + end).unlink(missing_ok=True)
-    path.unlink()
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(StorageError, match="adasearch rebuild"):
-        search(study, tmp_path)
-    assert rebuild(tmp_path, study, make_space(study)) == 8
-    assert told(tmp_path) == before
-    assert table(search(study, tmp_path)) == reference
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_study_made_again_goes_on_as_it_would_have(tmp_path, workers):
-    study = make_study(cluster=ClusterConfig(workers=workers), sampler=SamplerConfig(type="botorch", startup=2))
-    whole = table(search(study, tmp_path / "whole"))
-
-    def observe(snapshot):
-        if snapshot.done >= 5:
-            raise Stop
-
-    run = tmp_path / "run"
-    with pytest.raises(Stop):
-        search(study, run, observer=observe)
-    assert rebuild(run, study, make_space(study)) >= 5
-    assert table(search(study, run)) == whole
 
 
 @pytest.mark.parametrize("nth", [3, 36])

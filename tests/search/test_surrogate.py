@@ -65,7 +65,7 @@ def test_a_noisy_trial_counts_less():
 
     def mean(variances):
         made = Observations(points=data.points, scores=scores, variances=variances, pending=data.pending)
-        return float(fit(made).posterior(point).mean)
+        return fit(made).posterior(point).mean.item()
 
     assert mean(variances) < mean(data.variances)
 

@@ -33,7 +33,7 @@ def item(contexts, choices, gold=0):
 
 SHAPES = {
     "cloze": CLOZE[0],
-    "one token each": item(["Is it so? "], ["A", "B", "C"]),
+    "one token each": item(["Is it so?"], ["A", "B", "C"]),
     "equal choices": item(["A value"], [" is given", " is given"]),
     "one choice begins another": item(["A value"], [" is", " is given here"]),
     "contexts differ": item(["The value was", "The values were many and"], [" returned.", " returned."]),

@@ -18,9 +18,14 @@ ROLES = ("search", "select", "report")
 SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 
 
-def study(search, report, **changes):
+def study(search, tasks_reported, **changes):
     objective = {"search": search, "items": 6, "select": 4, **changes.pop("objective", {})}
-    data = {**MINIMAL, "objective": objective, "report": {"tasks": report, **changes.pop("report", {})}, **changes}
+    data = {
+        **MINIMAL,
+        "objective": objective,
+        "report": {"tasks": tasks_reported, **changes.pop("report", {})},
+        **changes,
+    }
     return study_from_dict(data, "s.yaml:", ROOT / "studies" / "s.yaml")
 
 

@@ -1,0 +1,106 @@
+"""The study on disk: what a reader finds in it, whose it is, and how it is made again."""
+
+from __future__ import annotations
+
+import optuna
+import pytest
+from optuna.artifacts import get_all_artifact_meta
+from optuna_dashboard import get_note
+
+from adasearch.config import ClusterConfig, SamplerConfig, SpaceConfig
+from adasearch.errors import StorageError
+from adasearch.records import Failure, Record
+from adasearch.search.notes import trial_note
+from adasearch.search.outcomes import lag, settled
+from adasearch.search.study import rebuild
+from tests.search.synthetic import Stop, make_space, make_study, search, table, told
+
+pytestmark = pytest.mark.usefixtures("fakes")
+
+
+def test_the_study_holds_what_a_reader_wants(tmp_path):
+    search(make_study(trials=4), tmp_path)
+    (name,) = optuna.get_all_study_names(f"sqlite:///{tmp_path / 'study.db'}")
+    study = optuna.load_study(study_name=name, storage=f"sqlite:///{tmp_path / 'study.db'}")
+    assert study.metric_names == ["margin, mean of the search tasks"]
+    assert "4 trials" in get_note(study)
+    trial = study.trials[1]
+    assert trial.user_attrs["recipe"] == "obs_lora"
+    assert trial.user_attrs["stderr"] == 0.01
+    assert trial.user_attrs["tasks"] == {"cloze/pydoc": 0.5}
+    assert "cloze/pydoc" in get_note(optuna.Trial(study, trial._trial_id))
+    files = get_all_artifact_meta(trial, storage=study._storage)
+    assert sorted(meta.filename for meta in files) == ["config.yaml", "result.json"]
+    stored = [
+        (tmp_path / "artifacts" / meta.artifact_id).read_bytes() for meta in files if meta.filename == "result.json"
+    ]
+    assert stored == [(tmp_path / "trials" / "1-1" / "result.json").read_bytes()]
+
+
+def test_a_folder_of_another_study_is_refused(tmp_path):
+    search(make_study(trials=2), tmp_path)
+    with pytest.raises(StorageError, match="holds another study: seed differ"):
+        search(make_study(seed=8), tmp_path)
+    other = SpaceConfig(name="fake", dimensions={"importance": {"choice": ["taylor", "obs"]}})
+    with pytest.raises(StorageError, match="space, sampler differ"):
+        search(make_study(space=other, sampler=SamplerConfig(type="random")), tmp_path)
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(StorageError, match="fingerprint"):
+        search(make_study(seed=8), tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["garbage", "cut", "missing", "page"])
+def test_a_damaged_database_is_made_again_from_the_records(tmp_path, damage, reference):
+    study = make_study()
+    search(study, tmp_path)
+    before = told(tmp_path)
+    path = tmp_path / "study.db"
+    data = bytearray(path.read_bytes())
+    if damage == "page":
+        data[4096:40960] = b"\xff" * 36864
+    content = {"garbage": b"not a database" * 999, "cut": bytes(data[:20000]), "page": bytes(data)}.get(damage)
+    for end in ("-wal", "-shm"):
+        path.with_name(path.name + end).unlink(missing_ok=True)
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(StorageError, match="adasearch rebuild"):
+        search(study, tmp_path)
+    assert rebuild(tmp_path, study, make_space(study)) == 8
+    assert told(tmp_path) == before
+    assert table(search(study, tmp_path)) == reference
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_study_made_again_goes_on_as_it_would_have(tmp_path, workers):
+    study = make_study(cluster=ClusterConfig(workers=workers), sampler=SamplerConfig(type="botorch", startup=2))
+    whole = table(search(study, tmp_path / "whole"))
+
+    def observe(snapshot):
+        if snapshot.done >= 5:
+            raise Stop
+
+    run = tmp_path / "run"
+    with pytest.raises(Stop):
+        search(study, run, observer=observe)
+    assert rebuild(run, study, make_space(study)) >= 5
+    assert table(search(study, run)) == whole
+
+
+def failed(attempt, kind, message="no"):
+    failure = Failure(kind=kind, message=message)
+    return Record(number=1, attempt=attempt, recipe=None, config=None, result=None, failure=failure, environment={})
+
+
+def test_what_may_pass_is_settled_only_by_the_last_attempt():
+    assert settled([], 2) is None
+    assert settled([failed(1, "memory")], 2) is None
+    assert settled([failed(1, "memory"), failed(2, "timeout")], 2) == failed(2, "timeout")
+    assert settled([failed(1, "nan")], 2) == failed(1, "nan")
+    assert (lag(1), lag(2), lag(8)) == (1, 3, 9)
+
+
+def test_a_note_shows_a_message_as_it_is():
+    note = trial_note(failed(1, "error", "<script>alert(1)</script> | *x*"), None)
+    assert "<script>" not in note.replace("\\<", "")
+    assert "\\| \\*x\\*" in note
