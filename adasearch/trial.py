@@ -5,7 +5,6 @@ describe -> calibrate -> score -> allocate -> plan -> cut + compensate -> recove
 
 from __future__ import annotations
 
-import gc
 import resource
 import time
 from collections.abc import Callable
@@ -235,7 +234,7 @@ def run_trial(
     clock.enter("done")
     bench.assert_unchanged()
     del model
-    gc.collect()
+    bench.release()
     result = TrialResult(
         score=found.score,
         stderr=found.stderr,

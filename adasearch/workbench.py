@@ -86,7 +86,9 @@ class Workbench:
 
         def compute(missing: frozenset[str]) -> Statistics:
             tokens = data.token_matrix(self.base.tokenizer, sample, self.study.data_root)
-            return calibration.collect(self.dense(), structure, tokens, missing)
+            found = calibration.collect(self.dense(), structure, tokens, missing)
+            self.release()
+            return found
 
         key = fingerprint((self._checksum, str(self.base.dtype), sample, units, self.study.data_root))
         return calibration.cached(self.cache / "statistics", key, needs, compute)
@@ -110,6 +112,10 @@ class Workbench:
         stream = data.token_stream(self.base.tokenizer, corpus, amount, seed, self.study.data_root)
         tokens: torch.Tensor = stream.tokens
         return tokens
+
+    def release(self) -> None:
+        """Give memory that a trial no longer uses back to the system."""
+        models.release_memory()
 
     def assert_unchanged(self) -> None:
         """Check that no trial wrote into the base weights.

@@ -73,8 +73,10 @@ def test_items_keep_their_names_and_values(tmp_path):
 
 
 def test_finals_read_back(tmp_path):
-    final = FinalRecord(name="trial3", trial=3, role="finalist", recipe=None, selected=(SCORE,), report=(SCORE,),
-                        perplexity={"pydoc@128": 9.5}, parameters=8, removed=0.2, seconds={}, export=None, losses=(2.0, 1.5))  # fmt: skip
+    facts = {"perplexity": {"pydoc@128": 9.5}, "parameters": 8, "removed": 0.2, "seconds": {}, "losses": (2.0, 1.5)}
+    final = FinalRecord(
+        name="trial3", trial=3, role="finalist", recipe=None, selected=(SCORE,), report=(SCORE,), export=None, **facts
+    )
     write_final(tmp_path, final)
     assert read_finals(tmp_path) == [final]
 
