@@ -58,7 +58,8 @@ class ObjectiveConfig:
     """What the search maximises: the mean of `metric` over the tasks in `search`, on `items` items of each.
 
     `margin` is the chance-corrected probability of the right choice, (p - 1/n) / (1 - 1/n), with p the softmax over
-    the choices' log-likelihoods per character. `select` items of each task are set aside for choosing among finalists.
+    the choices' log-likelihoods per character (as they are, where a task reports no acc_norm). `select` items of each
+    task are set aside for choosing among finalists.
     """
 
     search: tuple[str, ...]
@@ -155,9 +156,14 @@ def component(known: Registry, data: Any, where: str) -> Component:
 
 @value
 class FinalizeConfig:
-    """What happens after the search: how many configurations are fine-tuned, how, and into which formats."""
+    """What happens after the search: how many configurations are fine-tuned, how, and into which formats.
+
+    `workers` finalists are fine-tuned at the same time; None takes as many as the search. A full fine-tune needs about
+    18 bytes per parameter, so fewer workers with more threads each need less memory.
+    """
 
     top: Count = 3
+    workers: Count | None = None
     recovery: Component
     formats: tuple[str, ...] = ("hf",)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import logging
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
     from adasearch.search.executor import Executor
 
 
-def open_executor(study: StudyConfig, run: Path) -> Executor:
-    """Return the executor that the study's `cluster` section asks for, its workers opened on first use."""
+def open_executor(study: StudyConfig, run: Path, workers: int) -> Executor:
+    """Return an executor of `workers` workers on the study's cluster; a worker is opened when it is first needed."""
     from adasearch.worker import open_worker
 
-    threads = study.cluster.threads or max(1, (os.cpu_count() or 1) // study.cluster.workers)
+    threads = study.cluster.threads or max(1, (os.cpu_count() or 1) // workers)
     factory = functools.partial(open_worker, study, str(run.resolve()), threads)
     if study.cluster.address == "in_process":
         from adasearch.search.executor import InProcessExecutor
@@ -35,23 +36,18 @@ def open_executor(study: StudyConfig, run: Path) -> Executor:
         return InProcessExecutor(factory)
     from adasearch.search.ray_executor import RayExecutor
 
-    return RayExecutor(
-        factory,
-        workers=study.cluster.workers,
-        threads=threads,
-        gpus=_gpus_per_worker(study),
-        address=study.cluster.address,
-    )
+    gpus = _gpus_per_worker(study, workers)
+    return RayExecutor(factory, workers=workers, threads=threads, gpus=gpus, address=study.cluster.address)
 
 
-def _gpus_per_worker(study: StudyConfig) -> float:
+def _gpus_per_worker(study: StudyConfig, workers: int) -> float:
     if study.cluster.gpus_per_worker is not None:
         return study.cluster.gpus_per_worker
     if study.cluster.address is not None:
         return 0.0
     from adasearch.models import num_gpus
 
-    return num_gpus() / study.cluster.workers
+    return num_gpus() / workers
 
 
 def _write_manifest(run: Path, study: StudyConfig, checked: Checked) -> None:
@@ -117,9 +113,14 @@ def run_study(path: Path, *, out: Path | None, say: Callable[[str], None]) -> Pa
         _write_manifest(run, study, checked)
         space = Space.from_config(study.space, study.trial, seed=study.seed)
         say(f"{study.name}: {checked.summary} -> {run}")
-        with open_executor(study, run) as executor:
+        with contextlib.ExitStack() as stack:
+            executor = stack.enter_context(open_executor(study, run, study.cluster.workers))
             with open_display(study.trials, study.name) as display:
                 run_search(study, space, run, executor, display.observe)
+            workers = study.finalize.workers or study.cluster.workers
+            if workers != study.cluster.workers:
+                executor.close()
+                executor = stack.enter_context(open_executor(study, run, workers))
             with open_display(0, study.name) as display:
                 finalize(study, run, executor, display)
         report = write_report(run)

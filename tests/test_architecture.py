@@ -141,7 +141,7 @@ def test_no_cycles():
 
 
 def test_files_are_short():
-    long = {name: lines for name, file in MODULES.items() if (lines := len(file.read_text().splitlines())) > 400}
+    long = {name: lines for name, file in MODULES.items() if (lines := len(file.read_text().splitlines())) > 450}
     assert not long
 
 

@@ -38,12 +38,12 @@ COLUMNS = [
 ]
 
 
-def study_file(folder: Path, model: str, **changes) -> Path:
+def study_file(folder: Path, checkpoint: str, /, **changes) -> Path:
     """Write a study that searches all four dimensions in few tokens; returns its path."""
     recovery = {"type": "lora", "tokens": 512, "length": 64, "batch": 2, "corpus": "pydoc"}
     data = {
         "name": "tiny",
-        "model": {"name": model, "dtype": "float32"},
+        "model": {"name": checkpoint, "dtype": "float32"},
         "space": {
             "calibration.samples": {"int": [2, 4]},
             "calibration.draw": {"int": [0, 3]},
@@ -170,7 +170,7 @@ def test_status_and_report_read_a_run(finished, capsys):
         ({"budget": {"remove": 0.95}}, 2, "budget.remove: must be at most"),
         ({"report": {"tasks": ["piqqa"]}}, 2, "report.tasks: unknown task 'piqqa'"),
         ({"objective": {"search": ["piqa:train"]}, "report": {"tasks": ["piqa:train"]}}, 2, "report.tasks: "),
-        ({"trial": {"calibration": {"corpus": "pydok"}}}, 2, "unknown corpus 'pydok'"),
+        ({"trial": {"calibration": {"corpus": "pydok"}, "recovery": "lora"}}, 2, "unknown corpus 'pydok'"),
         ({"model": {"name": "./nowhere"}}, 3, "model.name: "),
         ({"objective": {"search": ["cloze/pydoc"], "items": 90_000}}, 3, "objective.search: "),
         ({"space": {"recovery.rnk": {"int": [2, 4]}}}, 2, "space.recovery.rnk"),

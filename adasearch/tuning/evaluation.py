@@ -22,11 +22,12 @@ _CPU_TOKENS, _DEVICE_TOKENS = 4_096, 32_768
 
 
 def _margin(item: Item, logliks: np.ndarray) -> float:
-    """Return (p - 1/C) / (1 - 1/C), with p the softmax over choices of the log-likelihood per character."""
-    several = len(item.contexts) > 1
-    # Where the choices differ in their contexts, lm-eval's lengths are those of the contexts, which are not scored.
-    lengths = [len(text) for text in item.choices] if several else item.lengths
-    rates = logliks / np.maximum(lengths, 1)
+    """Return (p - 1/C) / (1 - 1/C), with p the softmax over choices of the log-likelihood per character.
+
+    Where a task reports no `acc_norm`, as with "yes" and "no" or one ending of several contexts, lengths mean nothing
+    and the log-likelihoods count as they are.
+    """
+    rates = logliks / np.maximum(item.lengths, 1) if item.acc_norm else logliks
     weights = np.exp(rates - rates.max())
     chance = 1.0 / len(logliks)
     return float((weights[item.gold] / weights.sum() - chance) / (1.0 - chance))

@@ -33,8 +33,12 @@ def test_accuracies_are_those_of_lm_eval():
 def test_the_margin_is_chance_corrected_probability_per_character():
     expected = (1 / (1 + math.exp(-0.5)) - 0.5) / 0.5
     assert evaluation.item_values([item()], [LOGLIKS], "margin")[0] == pytest.approx(expected)
-    several = item(contexts=("a", "a longer"), lengths=(1, 8), choices=(" end", " end"))
-    expected = (1 / (1 + math.exp(0.25)) - 0.5) / 0.5
+
+
+def test_the_margin_of_a_task_without_acc_norm_takes_no_lengths():
+    several = item(contexts=("a", "a longer"), lengths=(1, 8), choices=(" end", " end"), acc_norm=False)
+    weights = [math.exp(value) for value in LOGLIKS]
+    expected = (weights[several.gold] / sum(weights) - 0.5) / 0.5
     assert evaluation.item_values([several], [LOGLIKS], "margin")[0] == pytest.approx(expected)
 
 
