@@ -260,10 +260,15 @@ class RayExecutor:
         return outcomes
 
 
+# The C library keeps freed blocks of up to 32 MiB, which is what covariances and logits are made of: two workers then
+# hold gigabytes that neither uses. Blocks of 8 MiB and more go back at once; smaller ones are worth keeping.
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_ARENA_MAX": "2"}
+
+
 def _environment(threads: int, gpus: float) -> dict[str, str]:
     """Return what a worker's libraries are to find in their environment before they are imported."""
     counts = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    environment = {name: str(threads) for name in counts} | {"TOKENIZERS_PARALLELISM": "false"}
+    environment = {name: str(threads) for name in counts} | {"TOKENIZERS_PARALLELISM": "false"} | _ALLOCATOR
     if gpus == 0:
         environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all devices visible to who asked for none
     return environment | {name: os.environ[name] for name in _HANDED_ON if name in os.environ}
