@@ -51,7 +51,7 @@ def study_file(folder: Path, checkpoint: str, /, **changes) -> Path:
             "compensation": {"choice": ["none", "bias", "least_squares"]},
             "allocation": {"choice": ["layer_profile", "global_score"]},
             "allocation.layer_profile": {"layer_profile": {"mlp": 1, "attention": 1}},
-            "recovery.rank": {"int": [2, 4]},
+            "recovery.rank": {"int": [2, 8]},
         },
         "budget": {"remove": 0.2},
         "objective": {"search": ["cloze/pydoc"], "items": 12, "select": 12},
