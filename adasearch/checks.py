@@ -15,7 +15,7 @@ from adasearch.errors import ConfigError, DataError, ModelError, StorageError
 from adasearch.pruning import architectures
 from adasearch.pruning.projection import reachable, removal
 from adasearch.pruning.structure import ModelStructure
-from adasearch.search.space import Space
+from adasearch.search.space import MANY_COLUMNS, Space
 from adasearch.tuning import tasks
 
 if TYPE_CHECKING:
@@ -170,6 +170,8 @@ def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
     removed = 1 - checked.target / structure.parameters
     yield f"budget: {checked.target:,} parameters left at most ({removed:.2%} of all removed)"
     yield f"space: {study.space.name}, {len(study.space.dimensions)} dimensions, {checked.features} features"
+    if checked.features > MANY_COLUMNS:
+        yield f"  above {MANY_COLUMNS} features the surrogate learns slowly: fix some knobs, or give it more trials"
     for role, found in checked.items.items():
         yield f"{role} items: " + ", ".join(f"{task} {len(ids)}" for task, ids in found.items())
     known = [name for name in study.recipes if name not in checked.unexpressed]

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,9 +28,9 @@ from adasearch.errors import ConfigError
 from adasearch.registry import DIMENSIONS, Entry, nearest
 from adasearch.search.parameters import CategoricalParameter, Encoding, Parameter
 
-_LOG = logging.getLogger(__name__)
 _SECTIONS: dict[str, type] = {"calibration": CalibrationConfig, "units": UnitsConfig}
 MANY_COLUMNS = 24
+"""Feature columns above which the surrogate learns slowly; `adasearch validate` says so."""
 
 
 class _NotExpressibleError(Exception):
@@ -126,9 +125,6 @@ class Space:
         dimensions = tuple(_read(path, spec) for path, spec in config.dimensions.items())
         space = Space(config.name, dimensions, filled, seed)
         _check(space, dimensions)
-        if space.encoding.num_columns > MANY_COLUMNS:
-            problem = "space %s has %d feature columns; above %d the surrogate learns slowly: fix some knobs"
-            _LOG.warning(problem, config.name, space.encoding.num_columns, MANY_COLUMNS)
         return space
 
     def mapping(self, params: Mapping[str, Any]) -> dict[str, Any]:

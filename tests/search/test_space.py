@@ -144,9 +144,9 @@ def test_errors_name_the_line(dimensions, where, problem):
 
 
 @pytest.mark.usefixtures("fakes")
-def test_many_columns_are_warned_of(caplog):
-    space_of({"allocation.layer_profile": {"layer_profile": {"terms": 25}}})
-    assert "25 feature columns" in caplog.text
+def test_columns_are_counted():
+    space = space_of({"allocation.layer_profile": {"layer_profile": {"terms": 25}}})
+    assert space.encoding.num_columns == 25
 
 
 PARAMETERS = st.one_of(
