@@ -168,7 +168,8 @@ def evaluate(model: nn.Module, bench: Workbench, clock: Clock, rival: TaskValues
     tasks = bench.items("search")
     counts = {name: len(task.items) for name, task in tasks.items()}
     race = rival if comparable(rival, counts) else None
-    shares = (*sorted(racing.rungs), 1.0) if race is not None else (1.0,)
+    # The same blocks with a rival and without: in half precision a score depends on what shares its batch.
+    shares = (*sorted(racing.rungs), 1.0) if racing.enabled else (1.0,)
     logliks: dict[str, list[np.ndarray]] = {name: [] for name in tasks}
     values: TaskValues = {}
     for share in shares:
