@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ class Checked:
     Args:
         structure: of the dense model with the study's default units.
         target: greatest number of parameters that the budget leaves.
-        model_digest: tells the model's files apart from others, from their names, sizes and times.
+        model_digest: tells the model's files apart from others, from their names and sizes.
         items: identifiers of the items by role and task.
         features: number of columns that the surrogate sees.
         unexpressed: recipes that the space cannot express, and why.
@@ -188,8 +189,6 @@ def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
 
 def doctor() -> Iterator[str]:
     """Yield what this machine offers and what may be missing."""
-    import os
-
     import torch
 
     for name, text in {**machine(), **versions()}.items():

@@ -291,6 +291,10 @@ class SpaceConfig:
     dimensions: dict[str, dict[str, Any]]
 
 
+SEARCHED = ("model", "space", "budget", "objective", "trial", "recipes", "seed", "sampler", "racing")
+"""Sections of a study that decide what its trials are; they may not change while its run goes on."""
+
+
 @value
 class StudyConfig:
     """A study file, resolved: every default filled in, the space and the recipes read."""
@@ -325,8 +329,8 @@ class StudyConfig:
 
         The number of trials, the cluster, the limits, the report and the finalists may change on resume.
         """
-        parts = (self.model, self.space.dimensions, self.budget, self.objective, self.trial, self.recipes)
-        return fingerprint((*parts, self.seed, self.sampler, self.racing))
+        data = self.to_dict()
+        return fingerprint({key: data[key] for key in SEARCHED})
 
 
 def _find(kind: str, name: str, near: Path, where: str) -> Path:

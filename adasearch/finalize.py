@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,11 +17,12 @@ from adasearch.records import (
     DENSE,
     FinalRecord,
     Record,
+    ranked_finals,
     read_finals,
     read_records,
+    state_writer,
     write_final,
     write_items,
-    write_json,
 )
 from adasearch.trial import Clock, Pruned, prune, recover, score_blocks, task_scores
 from adasearch.tuning import evaluation
@@ -30,17 +31,11 @@ from adasearch.tuning.export import ModelCard
 if TYPE_CHECKING:
     from torch import nn
 
+    from adasearch.display import Display
     from adasearch.search.executor import Executor
     from adasearch.workbench import Workbench
 
 ATTEMPTS = 2
-
-
-class Notes(Protocol):
-    """Shows lines to the user."""
-
-    def note(self, text: str) -> None:
-        """Show one line."""
 
 
 @value
@@ -85,7 +80,7 @@ def run_final(task: FinalTask, bench: Workbench) -> FinalRecord:
         TrialError: training or scoring gave no finite figures.
     """
     folder = bench.run / "final" / task.name
-    clock = Clock(lambda phase, progress: write_json(folder / "state.json", {"phase": phase, "progress": progress}))
+    clock = Clock(state_writer(folder))
     dense = bench.structure().parameters
     pruned, losses = None, ()
     if task.config is not None:
@@ -130,7 +125,7 @@ def _score(model: nn.Module, bench: Workbench, role: Any) -> tuple[tuple[TaskSco
     for name, task in tasks.items():
         values[name] = evaluation.item_values(task.items, logliks[name], "margin")
         values[f"{name}#acc"] = evaluation.item_values(task.items, logliks[name], "acc_norm")
-    return task_scores({name: task.items for name, task in tasks.items()}, logliks), values
+    return task_scores(tasks, logliks), values
 
 
 def _perplexity(model: nn.Module, bench: Workbench) -> dict[str, float]:
@@ -168,18 +163,12 @@ def _export(pruned: Pruned, task: FinalTask, record: FinalRecord, bench: Workben
     return str(folder.relative_to(bench.run))
 
 
-def ranking(finals: list[FinalRecord]) -> list[FinalRecord]:
-    """Return the finalists, best first, by the mean margin over the tasks on the select items."""
-    chosen = [r for r in finals if r.role == "finalist"]
-    return sorted(chosen, key=lambda r: (-float(np.mean([t.margin for t in r.selected])), r.trial))
-
-
 def place_exports(run: Path) -> list[FinalRecord]:
     """Name the exports of the finalists by their rank, ``<rank>-trial<number>``, and return the finalists, best first.
 
     This is the last step and may be repeated: wherever an export lies, it ends under its name.
     """
-    ranked = ranking(read_finals(run))
+    ranked = ranked_finals(r for r in read_finals(run) if r.role == "finalist")
     moved = []
     for rank, record in enumerate(ranked, start=1):
         goal = run / "export" / f"{rank}-{record.name}"
@@ -191,7 +180,7 @@ def place_exports(run: Path) -> list[FinalRecord]:
     return moved
 
 
-def finalize(study: StudyConfig, run: Path, executor: Executor, notes: Notes) -> list[FinalRecord]:
+def finalize(study: StudyConfig, run: Path, executor: Executor, display: Display) -> list[FinalRecord]:
     """Finish the search: run every finalist that has no record yet, rank them, and return them, best first.
 
     Raises:
@@ -201,8 +190,8 @@ def finalize(study: StudyConfig, run: Path, executor: Executor, notes: Notes) ->
     known = {record.name for record in read_finals(run)}
     waiting = {task.name: task for task in tasks if task.name not in known}
     if waiting:
-        notes.note(f"fine-tuning and scoring {len(waiting)} models on report items: {', '.join(waiting)}")
-    failures = _finish(waiting, executor, notes, seconds=study.limits.trial_seconds * 10)
+        display.note(f"fine-tuning and scoring {len(waiting)} models on report items: {', '.join(waiting)}")
+    failures = _finish(waiting, executor, display, seconds=study.limits.trial_seconds * 10)
     ranked = place_exports(run)
     if not ranked:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
@@ -210,7 +199,7 @@ def finalize(study: StudyConfig, run: Path, executor: Executor, notes: Notes) ->
     return ranked
 
 
-def _finish(waiting: dict[str, FinalTask], executor: Executor, notes: Notes, *, seconds: float) -> dict[str, str]:
+def _finish(waiting: dict[str, FinalTask], executor: Executor, display: Display, *, seconds: float) -> dict[str, str]:
     """Run all tasks, each again where its worker was lost, and return why the others failed, by name."""
     attempts = dict.fromkeys(waiting, 1)
     failures: dict[str, str] = {}
@@ -228,5 +217,5 @@ def _finish(waiting: dict[str, FinalTask], executor: Executor, notes: Notes, *, 
             if failure is not None:
                 failures[outcome.key] = f"{failure.kind}: {failure.message}"
             text = f"failed: {failures[outcome.key]}" if failure is not None else "scored"
-            notes.note(f"final {len(waiting) - len(open_tasks)}/{len(waiting)}: {outcome.key} {text}")
+            display.note(f"final {len(waiting) - len(open_tasks)}/{len(waiting)}: {outcome.key} {text}")
     return failures

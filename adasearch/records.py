@@ -12,7 +12,9 @@ import hashlib
 import io
 import json
 import os
+import time
 import uuid
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +206,22 @@ def read_finals(run: Path) -> list[FinalRecord]:
     paths = sorted((run / "final").glob("*.json"))
     found = (_parsed(FinalRecord, _read_checked(path), path) for path in paths)
     return [record for record in found if record is not None]
+
+
+def ranked_finals(finals: Iterable[FinalRecord]) -> list[FinalRecord]:
+    """Return finalists, best first: by the mean margin over the tasks on the select items; equal ones by number."""
+    return sorted(finals, key=lambda r: (-float(np.mean([t.margin for t in r.selected])), r.trial))
+
+
+def state_writer(folder: Path) -> Callable[[str, float | None], None]:
+    """Return an observer that writes ``state.json`` at each new phase, and at most once a second within one."""
+    last = {"phase": "", "time": 0.0}
+
+    def observe(phase: str, progress: float | None) -> None:
+        now = time.time()
+        if phase == last["phase"] and now - float(last["time"]) < 1.0:
+            return
+        last.update(phase=phase, time=now)
+        write_json(folder / "state.json", {"phase": phase, "progress": progress, "since": now, "pid": os.getpid()})
+
+    return observe

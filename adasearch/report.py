@@ -12,7 +12,16 @@ import numpy as np
 import pandas as pd
 
 from adasearch.config import StudyConfig, TaskScore
-from adasearch.records import DENSE, FinalRecord, Record, read_finals, read_items, read_records, write_atomically
+from adasearch.records import (
+    DENSE,
+    FinalRecord,
+    Record,
+    ranked_finals,
+    read_finals,
+    read_items,
+    read_records,
+    write_atomically,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -136,10 +145,6 @@ def _last_word(records: Iterable[Record]) -> dict[int, Record]:
     return chosen
 
 
-def _selected(final: FinalRecord) -> float:
-    return float(np.mean([s.margin for s in final.selected])) if final.selected else -math.inf
-
-
 def _importance(run: Path, finished: int) -> tuple[dict[str, float], str]:
     """Return how much each searched parameter explains, or why that cannot be told."""
     from adasearch.dashboard import FEW_TRIALS, parameter_importance
@@ -163,8 +168,8 @@ def gather(run: Path, study: StudyConfig) -> Findings:
     dense_record = chosen.pop(DENSE, None)
     scored = read_finals(run)
     dense = next((f for f in scored if f.role == "dense"), None)
-    finals = sorted((f for f in scored if f.role == "finalist"), key=_selected, reverse=True)
-    recipes = sorted((f for f in scored if f.recipe), key=_selected, reverse=True)
+    finals = ranked_finals(f for f in scored if f.role == "finalist")
+    recipes = ranked_finals(f for f in scored if f.recipe)
     best, recipe = next(iter(finals), None), next(iter(recipes), None)
     finished = sum(r.result is not None for r in chosen.values())
     importance, note = _importance(run, finished)
@@ -275,9 +280,13 @@ def _write_page(run: Path, text: str) -> Path:
 
 def write(run: Path, study: StudyConfig) -> Path:
     """Write ``leaderboard.csv`` and ``report.html`` of a run and return the path of the report."""
+    return write_findings(run, gather(run, study))
+
+
+def write_findings(run: Path, findings: Findings) -> Path:
+    """Write both files from what `gather` found and return the path of the report."""
     from adasearch.report_html import page
 
-    findings = gather(run, study)
     _write_table(run, findings)
     return _write_page(run, page(findings, run))
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adasearch.checks import Checked, check_study
-from adasearch.config import StudyConfig, load_study, study_from_dict
+from adasearch.config import StudyConfig, load_study
 from adasearch.display import open_display
-from adasearch.documents import read_yaml
 from adasearch.environment import machine, versions
 from adasearch.errors import ConfigError
 from adasearch.records import DENSE, read_records, write_json
@@ -80,10 +79,7 @@ def load_run(run: Path) -> StudyConfig:
     path = run / "config.yaml"
     if not path.is_file():
         raise ConfigError(str(run), "must be a run folder, which holds config.yaml")
-    data = read_yaml(path)
-    if os.environ.get("ADASEARCH_DATA_ROOT"):
-        data["data_root"] = os.environ["ADASEARCH_DATA_ROOT"]
-    return study_from_dict(data, f"{path}:", path)
+    return load_study(path)
 
 
 def run_study(path: Path, *, out: Path | None, say: Callable[[str], None]) -> Path:
@@ -142,9 +138,9 @@ def write_report(run: Path) -> Path:
     """Write ``leaderboard.csv`` and ``report.html`` of a run and return the report's path."""
     from adasearch import dashboard, report
 
-    study = load_run(run)
-    dashboard.add_figures(run, report.gather(run, study))
-    return report.write(run, study)
+    findings = report.gather(run, load_run(run))
+    dashboard.add_figures(run, findings)
+    return report.write_findings(run, findings)
 
 
 def rebuild(run: Path) -> str:
@@ -175,10 +171,8 @@ def status(run: Path) -> Iterator[str]:
         name = f" ({best.recipe})" if best.recipe else ""
         yield f"best search score:  {best.result.score:.4f} ± {best.result.stderr:.4f}, trial {best.number}{name}"
     for number in sorted(failed):
-        last = [r for r in records if r.number == number and r.failure][-1].failure
-        yield (
-            f"trial {number} failed: {last}" if last is None else f"trial {number} failed: {last.kind}: {last.message}"
-        )
+        last = [r.failure for r in records if r.number == number and r.failure][-1]
+        yield f"trial {number} failed: {last.kind}: {last.message}"
     for folder in sorted((run / "export").glob("*")):
         yield f"exported: {folder}"
 
@@ -190,7 +184,7 @@ def replay(run: Path, number: int) -> Iterator[str]:
         ConfigError: the run has no such trial.
     """
     from adasearch.trial import run_trial
-    from adasearch.worker import open_workbench
+    from adasearch.workbench import Workbench
 
     _quieten()
     study = load_run(run)
@@ -199,7 +193,7 @@ def replay(run: Path, number: int) -> Iterator[str]:
         numbers = sorted({r.number for r in read_records(run) if r.result and r.number != DENSE})
         raise ConfigError("--trial", f"must be a trial with a score, given {number}; the run has {numbers}")
     threads = int(record.environment.get("threads", "1"))
-    bench = open_workbench(study, str(run.resolve()), threads)
+    bench = Workbench(study, run.resolve(), threads)
     yield f"trial {number}: recorded score {record.result.score:.6f} on {record.result.items} items"
     result, _ = run_trial(record.config, bench)
     yield f"trial {number}: replayed score {result.score:.6f} on {result.items} items"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adasearch import registry
-from adasearch.config import Component, TrialConfig, TrialResult
+from adasearch.config import Component, TaskScore, TrialConfig, TrialResult
 from adasearch.errors import ConfigError, TrialError
 from adasearch.pruning import allocation, compensation, importance, surgery
 from adasearch.pruning.allocation import AllocationContext
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
     from adasearch.pruning.statistics import Statistics
     from adasearch.pruning.structure import ModelStructure
-    from adasearch.tuning.items import Item
-    from adasearch.workbench import Workbench
+    from adasearch.workbench import TaskItems, Workbench
 
 Observer = Callable[[str, float | None], None]
 TaskValues = dict[str, np.ndarray]
@@ -69,18 +68,16 @@ class Pruned:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Evaluated:
-    """What scoring gave: log-likelihoods by task, the value of each item, and the estimate of the objective.
+    """What scoring gave: scores by task, the value of each item, and the estimate of the objective.
 
     Args:
-        share: fraction of the items that were scored.
-        stopped: the model was behind its rival with confidence before all were.
+        stopped: the model was behind its rival with confidence before all items were scored.
     """
 
-    logliks: dict[str, list[np.ndarray]]
+    tasks: tuple[TaskScore, ...]
     values: TaskValues
     score: float
     stderr: float
-    share: float
     stopped: bool
 
 
@@ -185,11 +182,11 @@ def evaluate(model: nn.Module, bench: Workbench, clock: Clock, rival: TaskValues
             gap, error = paired_gap(values, race)
             if gap + racing.z * error < 0:
                 score = float(np.mean([race[name].mean() for name in tasks])) + gap
-                return Evaluated(logliks=logliks, values=values, score=score, stderr=error, share=share, stopped=True)
-    pairs = [evaluation.mean_and_error(v) for v in values.values()]
-    score = float(np.mean([mean for mean, _ in pairs]))
-    stderr = float(np.sqrt(sum(error**2 for _, error in pairs)) / len(pairs))
-    return Evaluated(logliks=logliks, values=values, score=score, stderr=stderr, share=1.0, stopped=False)
+                scores = task_scores(tasks, logliks)
+                return Evaluated(tasks=scores, values=values, score=score, stderr=error, stopped=True)
+    scores = task_scores(tasks, logliks)
+    score, stderr = evaluation.objective(scores, metric)
+    return Evaluated(tasks=scores, values=values, score=score, stderr=stderr, stopped=False)
 
 
 def score_blocks(model: nn.Module, blocks: dict[str, Any]) -> dict[str, list[np.ndarray]]:
@@ -199,9 +196,9 @@ def score_blocks(model: nn.Module, blocks: dict[str, Any]) -> dict[str, list[np.
     return {name: [next(flat) for _ in block] for name, block in blocks.items()}
 
 
-def task_scores(items: dict[str, tuple[Item, ...]], logliks: dict[str, list[np.ndarray]]) -> tuple[Any, ...]:
-    """Return the `TaskScore` of every task over the items that were scored."""
-    return tuple(evaluation.task_score(items[name][: len(found)], found) for name, found in logliks.items())
+def task_scores(tasks: dict[str, TaskItems], logliks: dict[str, list[np.ndarray]]) -> tuple[TaskScore, ...]:
+    """Return the score of every task over the items that were scored."""
+    return tuple(evaluation.task_score(tasks[name].items[: len(found)], found) for name, found in logliks.items())
 
 
 def run_trial(
@@ -231,7 +228,6 @@ def run_trial(
         notes = _loss_notes(recover(pruned, config.recovery, config, bench, clock))
         del pruned
     found = evaluate(model, bench, clock, rival)
-    items = {name: task.items for name, task in bench.items("search").items()}
     clock.enter("done")
     bench.assert_unchanged()
     del model
@@ -239,7 +235,7 @@ def run_trial(
     result = TrialResult(
         score=found.score,
         stderr=found.stderr,
-        tasks=task_scores(items, found.logliks),
+        tasks=found.tasks,
         parameters=parameters,
         widths=widths,
         items=sum(map(len, found.values.values())),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adasearch.config import StudyConfig
 from adasearch.environment import machine
 from adasearch.finalize import FinalTask, run_final
-from adasearch.records import Record, read_items, write_items, write_json, write_record
+from adasearch.records import Record, read_items, state_writer, write_items, write_record
 from adasearch.search.driver import Assignment
 from adasearch.trial import run_trial
 from adasearch.workbench import Workbench
@@ -20,14 +18,9 @@ if TYPE_CHECKING:
     from adasearch.records import FinalRecord
 
 
-def open_workbench(study: StudyConfig, run: str, threads: int) -> Workbench:
-    """Return the workbench of this process."""
-    return Workbench(study, Path(run), threads)
-
-
 def open_worker(study: StudyConfig, run: str, threads: int) -> Callable[[Any], Any]:
     """Return the function that does a worker's tasks: `Assignment` -> `Record`, `FinalTask` -> `FinalRecord`."""
-    bench = open_workbench(study, run, threads)
+    bench = Workbench(study, Path(run), threads)
 
     def work(task: Assignment | FinalTask) -> Record | FinalRecord:
         return run_final(task, bench) if isinstance(task, FinalTask) else run_assignment(task, bench)
@@ -43,20 +36,6 @@ def environment(bench: Workbench) -> dict[str, str]:
         "dtype": str(bench.base.dtype).removeprefix("torch."),
         "threads": str(bench.threads),
     }
-
-
-def state_writer(folder: Path) -> Callable[[str, float | None], None]:
-    """Return an observer that writes ``state.json`` at each new phase, and at most once a second within one."""
-    last = {"phase": "", "time": 0.0}
-
-    def observe(phase: str, progress: float | None) -> None:
-        now = time.time()
-        if phase == last["phase"] and now - float(last["time"]) < 1.0:
-            return
-        last.update(phase=phase, time=now)
-        write_json(folder / "state.json", {"phase": phase, "progress": progress, "since": now, "pid": os.getpid()})
-
-    return observe
 
 
 def run_assignment(task: Assignment, bench: Workbench) -> Record:

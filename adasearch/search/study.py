@@ -23,7 +23,7 @@ from optuna.trial import TrialState
 from optuna_dashboard import save_note
 from sqlalchemy.exc import SQLAlchemyError
 
-from adasearch.config import StudyConfig, TrialResult
+from adasearch.config import SEARCHED, StudyConfig, TrialResult
 from adasearch.documents import plain, read_yaml
 from adasearch.errors import ConfigError, StorageError
 from adasearch.records import (
@@ -41,7 +41,6 @@ from adasearch.search.outcomes import Asked, Recipe, lag, num_workers, settled
 from adasearch.search.sampler import RECIPE, STDERR, distributions, make_sampler
 from adasearch.search.space import Space
 
-_SEARCHED = ("model", "space", "budget", "objective", "trial", "recipes", "seed", "sampler", "racing")
 _NAME, _FINGERPRINT = "study.db", "fingerprint"
 _FOLDER = re.compile(r"^(\d+)-(\d+)$")
 _BUSY_SECONDS = 60.0
@@ -86,7 +85,7 @@ def check_owner(run: Path, config: StudyConfig) -> None:
         except ConfigError as error:
             raise StorageError(str(error)) from error
         wanted = json.loads(json.dumps(plain(data)))
-        changed = [key for key in _SEARCHED if held.get(key) != wanted[key]]
+        changed = [key for key in SEARCHED if held.get(key) != wanted[key]]
         if changed:
             advice = "give another folder, or another name in the study"
             raise StorageError(f"{run}: holds another study: {', '.join(changed)} differ; {advice}")
