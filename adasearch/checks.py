@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adasearch import data, models
-from adasearch.config import StudyConfig, TrialConfig, UnitsConfig, merged
+from adasearch import data, models, placement
+from adasearch.config import ClusterConfig, StudyConfig, TrialConfig, UnitsConfig, merged
 from adasearch.documents import fingerprint, join, value
-from adasearch.environment import machine, versions
+from adasearch.environment import local_machine, machine, versions
 from adasearch.errors import ConfigError, DataError, ModelError, StorageError
+from adasearch.placement import GIB, Machine, Placement
 from adasearch.pruning import architectures
 from adasearch.pruning.projection import reachable, removal
-from adasearch.pruning.structure import ModelStructure
+from adasearch.pruning.structure import ModelShape, ModelStructure
 from adasearch.search.space import MANY_COLUMNS, Space
 from adasearch.tuning import tasks
 
 if TYPE_CHECKING:
-    from adasearch.tuning.items import Item
+    from adasearch.checkpoints import ModelSource
+    from adasearch.tuning.items import Item, Role
 
 _FREE_BYTES = 512 * 2**20
 _BYTES_PER_PARAMETER = 4
+_SMOLLM2 = ModelShape(family="llama", layers=30, hidden=576, heads=9, kv_heads=3, head_dim=64, intermediate=1536,
+                      vocabulary=49152, tied=True, shapes={"all": (134_515_008,)})  # fmt: skip
 
 
 @value
@@ -31,6 +35,7 @@ class Checked:
     """What the checks found.
 
     Args:
+        shape: of the dense model.
         structure: of the dense model with the study's default units.
         target: greatest number of parameters that the budget leaves.
         model_digest: tells the model's files apart from others, from their names and sizes.
@@ -39,6 +44,7 @@ class Checked:
         unexpressed: recipes that the space cannot express, and why.
     """
 
+    shape: ModelShape
     structure: ModelStructure
     target: int
     model_digest: str
@@ -56,10 +62,9 @@ def corpora(study: StudyConfig) -> dict[str, str]:
     """Return every corpus that trials of a study read, and the key that names it."""
     found: dict[str, str] = {}
     trial = TrialConfig.from_dict(study.trial, "trial")
-    chosen = study.space.dimensions.get("calibration.corpus", {}).get("choice", [])
-    found |= {str(corpus): "space.calibration.corpus" for corpus in chosen}
-    if not chosen:
-        found[trial.calibration.corpus] = "trial.calibration.corpus"
+    searched = "calibration.corpus" in study.space.dimensions
+    key = "space.calibration.corpus" if searched else "trial.calibration.corpus"
+    found |= dict.fromkeys(study.calibration_corpora, key)
     for key, recovery in (("trial.recovery", trial.recovery), ("finalize.recovery", study.finalize.recovery)):
         corpus = getattr(recovery.options, "corpus", None)
         if corpus:
@@ -75,7 +80,7 @@ def units_in_play(study: StudyConfig) -> tuple[UnitsConfig, ...]:
     return tuple(UnitsConfig(attention=a, mlp=m) for a in attention for m in mlp)
 
 
-def _check_budget(study: StudyConfig, shape: models.ModelShape, where: str) -> ModelStructure:
+def _check_budget(study: StudyConfig, shape: ModelShape, where: str) -> ModelStructure:
     structures = [architectures.describe(shape, units) for units in units_in_play(study)]
     most = min(reachable(structure, study.budget) for structure in structures)
     if study.budget.remove > most:
@@ -133,6 +138,7 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
         _check_disk(out, structure.parameters, study.finalize.top + 1)
     recipes = {name: merged(study.trial, recipe) for name, recipe in study.recipes.items()}
     return Checked(
+        shape=shape,
         structure=structure,
         target=structure.parameters - removal(structure, study.budget),
         model_digest=_digest(source),
@@ -142,7 +148,7 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
     )
 
 
-def _item_ids(study: StudyConfig, role: tasks.Role, where: str) -> dict[str, tuple[str, ...]]:
+def _item_ids(study: StudyConfig, role: Role, where: str) -> dict[str, tuple[str, ...]]:
     key = "report.tasks" if role == "report" else "objective.search"
     try:
         found: dict[str, tuple[Item, ...]] = tasks.study_items(study, role)
@@ -151,11 +157,47 @@ def _item_ids(study: StudyConfig, role: tasks.Role, where: str) -> dict[str, tup
     return {task: tuple(item.id for item in items) for task, items in found.items()}
 
 
-def _digest(source: models.ModelSource) -> str:
+def _digest(source: ModelSource) -> str:
     """Return what tells the files of a model apart: names and sizes; a hub model is its name and revision."""
     path = Path(source.path)
     files = [path] if path.is_file() else sorted(path.glob("*")) if source.path else []
     return fingerprint((source.name, source.revision, [(f.name, f.stat().st_size) for f in files if f.is_file()]))
+
+
+def machines(study: StudyConfig) -> tuple[Machine, ...]:
+    """Return what the machines offer that a study runs on: this one, or those of the Ray cluster that it names.
+
+    Raises:
+        ConfigError: no Ray at `cluster.address`.
+    """
+    if study.cluster.address in {None, "in_process"}:
+        return (local_machine(),)
+    from adasearch.search.ray_executor import machines as of_cluster
+
+    return of_cluster(study.cluster.address)
+
+
+def place(study: StudyConfig, shape: ModelShape, offered: tuple[Machine, ...], *, finalists: bool = False) -> Placement:
+    """Return how many workers run a study's trials, or fine-tune its finalists, with what threads and GPUs each.
+
+    Args:
+        study: as read.
+        shape: of the dense model.
+        offered: by the machines, see `machines`.
+        finalists: of the end of a run, which takes `finalize.workers`, or at most the workers of the search.
+    """
+    gpu = study.cluster.gpus_per_worker != 0 and any(offer.gpus for offer in offered)
+    half = gpu and study.model.dtype == "auto"
+    size = 2 if half else models.pick_dtype(study.model.dtype, "cpu").itemsize
+    recovery = study.finalize.recovery if finalists else TrialConfig.from_dict(study.trial, "trial").recovery
+    tokens = getattr(recovery.options, "batch", 0) * getattr(recovery.options, "length", 0)
+    estimate = placement.fine_tune_need if recovery.type == "full" else placement.trial_need
+    need = estimate(shape, size, tokens, gpu=gpu)
+    if not finalists:
+        return placement.decide(study.cluster, offered, need, placement.most_workers(study.trials))
+    searching = place(study, shape, offered).workers
+    cluster = dataclasses.replace(study.cluster, workers=study.finalize.workers or "auto")
+    return placement.decide(cluster, offered, need, searching)
 
 
 def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
@@ -182,9 +224,24 @@ def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
     trial = TrialConfig.from_dict(study.trial, "trial")
     train = getattr(trial.recovery.options, "tokens", 0)
     items = sum(len(ids) for ids in checked.items["search"].values())
-    yield f"each trial: {train:,} tokens of {trial.recovery.type} recovery, {items} items"
+    tokens = study.fidelity.divergence
+    compared = f"divergence from the dense model on {tokens:,} tokens, " if tokens else ""
+    yield f"each trial: {compared}{train:,} tokens of {trial.recovery.type} recovery, {items} items"
+    yield from _describe_placement(study, checked.shape)
     final = getattr(study.finalize.recovery.options, "tokens", 0)
     yield f"finalists: {study.finalize.top}, {final:,} tokens of {study.finalize.recovery.type} recovery each"
+
+
+def _describe_placement(study: StudyConfig, shape: ModelShape) -> Iterator[str]:
+    if study.cluster.address not in {None, "in_process"}:
+        yield f"workers: {study.cluster.workers}, placed on the Ray cluster at {study.cluster.address} when it runs"
+        return
+    offered = machines(study)
+    for name, finalists in (("search", False), ("finalists", True)):
+        found = place(study, shape, offered, finalists=finalists)
+        yield f"{name}: {found.summary}"
+        for warning in found.warnings:
+            yield f"  warning: {warning}"
 
 
 def doctor() -> Iterator[str]:
@@ -198,6 +255,9 @@ def doctor() -> Iterator[str]:
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         yield f"cuda:{index}: {torch.cuda.get_device_name(index)}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield f"memory: {memory / 2**30:.0f} GiB"
+    offer = local_machine()
+    yield f"usable: {offer.cores} cores, {offer.memory / GIB:.1f} GiB of memory, {len(offer.gpus)} GPUs"
+    need = placement.trial_need(_SMOLLM2, models.pick_dtype("auto", device).itemsize, 512, gpu=bool(offer.gpus))
+    found = placement.decide(ClusterConfig(), (offer,), need, placement.most_workers(60))
+    yield f"60 trials of a model like SmolLM2-135M: {found.summary}"
     yield f"disk: {shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB free here"

@@ -30,6 +30,7 @@ from adasearch.documents import (
     value,
 )
 from adasearch.errors import ConfigError
+from adasearch.racing import FidelityConfig, RacingConfig, Rung
 from adasearch.registry import Registry, nearest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -80,20 +81,31 @@ class ReportConfig:
     windows: tuple[Count, ...] = (128, 2048)
 
 
+def _workers(given: Any) -> Any:
+    if given == "auto" or (isinstance(given, int) and not isinstance(given, bool) and given >= 1):
+        return given
+    raise ValueError("must be auto or a number, 1 or more")
+
+
 @value
 class ClusterConfig:
     """Where trials run: `local` processes under Ray (the default), in this process, or on a running Ray cluster.
 
+    What is left open is decided by `placement.decide`; a run's ``config.yaml`` holds what was decided.
+
     Args:
-        workers: trials at the same time.
+        workers: trials at the same time; ``auto`` follows from cores, memory, GPUs and the number of trials.
         threads: threads of each worker; None shares the cores evenly.
-        gpus_per_worker: GPUs of each worker, may be a fraction; None takes what there is.
+        gpus_per_worker: GPUs of each worker, a fraction where workers share one; None shares evenly what there is, 0
+            computes on CPUs.
+        gpu_memory: share of a GPU's memory that each worker may take; None follows from `gpus_per_worker`.
         address: None starts a local Ray, ``auto`` or ``host:port`` joins one; ``in_process`` uses no Ray at all.
     """
 
-    workers: Count = 2
+    workers: Annotated[int | Literal["auto"], pydantic.PlainValidator(_workers)] = "auto"
     threads: Count | None = None
     gpus_per_worker: NonNegative | None = None
+    gpu_memory: Fraction | None = None
     address: str | None = None
 
 
@@ -103,20 +115,6 @@ class SamplerConfig:
 
     type: Literal["botorch", "tpe", "gp", "random"] = "botorch"
     startup: Count = 6
-
-
-@value
-class RacingConfig:
-    """When a trial stops early: after each of `rungs` (fractions of its items), if it is behind with confidence.
-
-    It stops when the paired mean difference to the best trial told plus `z` standard errors lies below zero.
-    The first `grace` trials never stop. `enabled: false` scores every item of every trial.
-    """
-
-    enabled: bool = True
-    rungs: tuple[Fraction, ...] = (0.3, 0.6)
-    z: Positive = 2.0
-    grace: Index = 4
 
 
 @value
@@ -158,8 +156,8 @@ def component(known: Registry, data: Any, where: str) -> Component:
 class FinalizeConfig:
     """What happens after the search: how many configurations are fine-tuned, how, and into which formats.
 
-    `workers` finalists are fine-tuned at the same time; None takes as many as the search. A full fine-tune needs about
-    18 bytes per parameter, so fewer workers with more threads each need less memory.
+    `workers` finalists are fine-tuned at the same time; None takes as many as the search, or fewer where memory does
+    not hold them: a full fine-tune needs about 18 bytes per parameter.
     """
 
     top: Count = 3
@@ -269,6 +267,7 @@ class TrialResult:
         seconds: by phase.
         peak_bytes: peak resident memory of the worker.
         notes: facts for the reader, such as loss before and after recovery.
+        rungs: what was known of it on its way, cheapest first.
     """
 
     score: Finite
@@ -281,6 +280,7 @@ class TrialResult:
     seconds: dict[str, float]
     peak_bytes: int
     notes: dict[str, float | str]
+    rungs: tuple[Rung, ...] = ()
 
 
 @value
@@ -291,7 +291,7 @@ class SpaceConfig:
     dimensions: dict[str, dict[str, Any]]
 
 
-SEARCHED = ("model", "space", "budget", "objective", "trial", "recipes", "seed", "sampler", "racing")
+SEARCHED = ("model", "space", "budget", "objective", "trial", "recipes", "seed", "sampler", "racing", "fidelity")
 """Sections of a study that decide what its trials are; they may not change while its run goes on."""
 
 
@@ -313,6 +313,7 @@ class StudyConfig:
     cluster: ClusterConfig = ClusterConfig()
     sampler: SamplerConfig = SamplerConfig()
     racing: RacingConfig = RacingConfig()
+    fidelity: FidelityConfig = FidelityConfig()
     limits: LimitsConfig = LimitsConfig()
     data_root: str | None = None
 
@@ -322,6 +323,12 @@ class StudyConfig:
         data["space"] = plain(self.space.dimensions)
         data["finalize"]["recovery"] = self.finalize.recovery.to_dict()
         return data
+
+    @property
+    def calibration_corpora(self) -> tuple[str, ...]:
+        """Return every corpus that a trial may be calibrated on, as far as the space says; else the one of all."""
+        chosen = self.space.dimensions.get("calibration.corpus", {}).get("choice")
+        return tuple(map(str, chosen or [TrialConfig.from_dict(self.trial, "trial").calibration.corpus]))
 
     @property
     def fingerprint(self) -> str:

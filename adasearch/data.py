@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import os
 import re
+import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 import yaml
 
 from adasearch.config import CalibrationConfig
-from adasearch.documents import value
+from adasearch.documents import fingerprint, value
 from adasearch.errors import ConfigError, DataError
 from adasearch.registry import nearest
 
@@ -118,6 +119,22 @@ def parse_corpus(spec: str, data_root: str | None = None, where: str = "corpus")
         raise ConfigError(where, f"{name!r} is not under {data_root} and HF_HUB_OFFLINE is set; "
                                  f"{nearest(name, _mirrored(data_root))}")  # fmt: skip
     return Corpus(kind="dataset", name=name, config=config, split=split, folder=str(folder) if folder else None)
+
+
+@functools.lru_cache(maxsize=64)
+def corpus_version(spec: str, data_root: str | None = None) -> str:
+    """Return what changes when the text of a corpus does, as far as that can be seen without reading it.
+
+    That is size and time of change of the files of a corpus on this machine, and the version of Python for the text
+    that it ships. Looked up once by each process; a repository elsewhere counts as unchanging.
+    """
+    corpus = parse_corpus(spec, data_root)
+    if corpus.kind == "embedded":
+        return sys.version
+    place = Path(corpus.folder or corpus.name)
+    files = sorted(path for path in place.rglob("*") if path.is_file()) if corpus.folder else [place]
+    states = [(str(path), path.stat()) for path in files] if corpus.kind == "file" or corpus.folder else []
+    return fingerprint([(name, state.st_size, state.st_mtime_ns) for name, state in states])
 
 
 def _mirror_splits(folder: Path) -> dict[str, list[str]]:
@@ -307,31 +324,28 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _windows(encoded: list[list[int]], length: int, generator: np.random.Generator) -> Iterator[list[int]]:
-    """Yield windows of `length` tokens without end: one from each long document, the short ones laid end to end."""
-    while True:
-        tail: list[int] = []
-        for index in generator.permutation(len(encoded)):
-            ids = encoded[index]
+def _windows(
+    encode: Callable[[int], list[int]], documents: int, length: int, generator: np.random.Generator
+) -> Iterator[list[int]]:
+    """Yield windows of `length` tokens: one from each long document, the short ones laid end to end, pass after pass.
+
+    What is drawn does not depend on how many windows are taken. It ends where a whole pass gives no window.
+    """
+    taken = -1
+    while taken:
+        taken, tail = 0, list[int]()
+        for index in generator.permutation(documents).tolist():
+            ids = encode(index)
             if len(ids) >= length:
                 start = int(generator.integers(len(ids) - length + 1))
                 yield ids[start : start + length]
+                taken += 1
                 continue
             tail += ids
             while len(tail) >= length:
                 yield tail[:length]
                 tail = tail[length:]
-
-
-def _encoded(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], enough: int) -> list[list[int]]:
-    """Return the token ids of documents, of as many as hold `enough` tokens; a blank line ends each."""
-    encoded, total = [], 0
-    for text in texts:
-        encoded.append(_ids(tokenizer, text + "\n\n"))
-        total += len(encoded[-1])
-        if total >= enough:
-            break
-    return encoded
+                taken += 1
 
 
 def token_matrix(
@@ -340,20 +354,25 @@ def token_matrix(
     """Return a calibration sample, `N x T` token ids (int64): `sample.samples` windows of `sample.length` tokens.
 
     The draw seed chooses documents and offsets. A long document gives one window at a random offset in each pass over
-    the corpus, short ones are joined by blank lines; a small corpus is gone through again, in another order.
+    the corpus, short ones are joined by blank lines; a small corpus is gone through again, in another order. Samples
+    are nested: the first n windows of a sample are the sample of n, all else being equal. Only documents that windows
+    are taken from are tokenised.
 
     Raises:
         DataError: the part holds fewer than `sample.length` tokens.
     """
     texts = documents(sample.corpus, part, data_root)
-    generator = np.random.default_rng(sample.draw)
-    order = [texts[i] for i in generator.permutation(len(texts))]
-    encoded = _encoded(tokenizer, order, enough=4 * sample.samples * sample.length)
-    total = sum(map(len, encoded))
-    if total < sample.length:
+
+    @functools.cache
+    def encode(index: int) -> list[int]:
+        return _ids(tokenizer, texts[index] + "\n\n")
+
+    drawn = _windows(encode, len(texts), sample.length, np.random.default_rng(sample.draw))
+    windows = list(itertools.islice(drawn, sample.samples))
+    if not windows:
+        total = sum(len(encode(index)) for index in range(len(texts)))
         raise DataError(f"corpus {sample.corpus!r}: part {part!r} holds {total} tokens, a window needs {sample.length}")
-    windows = itertools.islice(_windows(encoded, sample.length, generator), sample.samples)
-    return torch.tensor(list(windows), dtype=torch.long)
+    return torch.tensor(windows, dtype=torch.long)
 
 
 def token_stream(

@@ -82,7 +82,8 @@ def run_final(task: FinalTask, bench: Workbench) -> FinalRecord:
     folder = bench.run / "final" / task.name
     clock = Clock(state_writer(folder))
     dense = bench.structure().parameters
-    pruned, losses = None, ()
+    pruned: Pruned | None = None
+    losses: tuple[float, ...] = ()
     if task.config is not None:
         config = TrialConfig.from_dict(task.config, "trial")
         pruned = prune(config, bench, clock)

@@ -58,8 +58,17 @@ class BaseModel:
 
 
 def set_threads(threads: int) -> None:
-    """Set how many CPU threads this process computes with."""
+    """Set how many CPU threads this process computes with; operations run one after the other."""
     torch.set_num_threads(threads)
+    if torch.get_num_interop_threads() != 1:
+        with contextlib.suppress(RuntimeError):  # too late where this process has run operations side by side before
+            torch.set_num_interop_threads(1)
+
+
+def limit_gpu_memory(share: float) -> None:
+    """Make this process fail with "out of memory" above `share` of its GPU, rather than a neighbour below its own."""
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(share)
 
 
 def release_memory() -> None:
@@ -74,9 +83,9 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def num_gpus() -> int:
-    """Return how many CUDA devices this machine has."""
-    return torch.cuda.device_count()
+def gpu_sizes() -> tuple[int, ...]:
+    """Return the memory of each CUDA device in bytes."""
+    return tuple(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
 
 
 def pick_device() -> torch.device:
@@ -269,6 +278,7 @@ def fetch_weights(source: ModelSource, cache: Path, dtype: torch.dtype) -> Path:
     with _held(cache / f".{target.name}.lock"):
         if not _sound(target):
             _convert_into(source, target, dtype)
+            release_memory()  # all weights in float32
     return target
 
 
@@ -365,6 +375,22 @@ def open_base(folder: Path, dtype: torch.dtype | None = None) -> BaseModel:
             raise ModelError(f"{folder}: weight {name} must be {shape.shapes[name]}, given {tuple(weight.shape)}")
     kind = next(iter(weights.values())).dtype
     return BaseModel(folder=folder, config=config, tokenizer=tokenizer, shape=shape, weights=weights, dtype=kind)
+
+
+def own_weights(base: BaseModel) -> dict[str, Tensor] | None:
+    """Return weights equal to those of `base` that the caller may write to; a page takes memory once it is written.
+
+    They are another private mapping of the same files: what is only read stays in memory once per machine. None where
+    the files hold another number format, so that there is nothing to map.
+
+    Raises:
+        ModelError: a file is missing or damaged.
+    """
+    with _model_errors(str(base.folder)):
+        shards = checkpoints.check_folder(base.folder)
+        found = {name: t for shard in shards for name, t in safetensors.torch.load_file(shard.path).items()}
+    weights = {name: found[name] for name in base.weights}
+    return weights if {weight.dtype for weight in weights.values()} == {base.dtype} else None
 
 
 def checksum(base: BaseModel) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 
 from adasearch import pictures
-from adasearch.config import TaskScore
+from adasearch.config import TaskScore, TrialResult
 from adasearch.records import FinalRecord, Record
 from adasearch.report import Difference, Findings, dense_parameters_of, kept_widths, mean_score, ranked, state_of
+from adasearch.report_rungs import FEW_TRIALS, control_group, rung_rows
 from adasearch.report_style import STYLE
 
 TOP_TRIALS = 10
@@ -208,18 +209,22 @@ def _hint(record: Record) -> str:
     return f"trial {record.number}{name}: {record.result.score:.4f} ± {record.result.stderr:.4f}{stopped}"
 
 
-def _marks(records: Iterable[Record], *, by_time: bool) -> list[pictures.Point]:
+def _marks(records: Iterable[Record], across: Callable[[Record, TrialResult], float | None]) -> list[pictures.Point]:
+    """Return the search score of every trial, over what `across` says of it; None leaves a trial out."""
+    placed = ((across(r, r.result), r, r.result) for r in records if r.result is not None)
     return [
-        pictures.Point(
-            x=sum(r.result.seconds.values()) if by_time else r.number,
-            y=r.result.score,
-            stderr=r.result.stderr,
-            kind=_kind(r),
-            hint=_hint(r),
-        )
-        for r in records
-        if r.result is not None
+        pictures.Point(x=x, y=result.score, stderr=result.stderr, kind=_kind(r), hint=_hint(r))
+        for x, r, result in placed
+        if x is not None
     ]
+
+
+def _seconds(_: Record, result: TrialResult) -> float:
+    return sum(result.seconds.values())
+
+
+def _divergence(_: Record, result: TrialResult) -> float | None:
+    return next((rung.value for rung in result.rungs if rung.kind == "divergence"), None)
 
 
 _KEY = (
@@ -229,7 +234,7 @@ _KEY = (
 
 
 def _history(f: Findings) -> str:
-    marks = _marks(f.records, by_time=False)
+    marks = _marks(f.records, lambda record, _: record.number)
     if not marks:
         return ""
     dense = f.dense_record.result.score if f.dense_record and f.dense_record.result else None
@@ -270,7 +275,7 @@ def _trial_row(place: int, record: Record) -> tuple[str, list[str]]:
 
 
 def _time(f: Findings) -> str:
-    marks = _marks(f.records, by_time=True)
+    marks = _marks(f.records, _seconds)
     if len(marks) < 2:
         return ""
     svg = pictures.scatter(marks, names=("seconds of the trial", "search score"))
@@ -285,6 +290,32 @@ def _time(f: Findings) -> str:
     caption = "Does a longer recovery pay? Points to the right cost more."
     table = _table(["phase", "all trials together", "share"], rows)
     return _section("time", "Score and time", _KEY, "</div>", _figure(svg, caption), table)
+
+
+def _rungs(f: Findings) -> str:
+    """Return what was known of trials before they were scored in full, and whether it could be trusted."""
+    results = [r.result for r in f.records if r.result is not None]
+    found = rung_rows(results)
+    if not found:
+        return ""
+    marks, picture = _marks(f.records, _divergence), ""
+    if len(marks) > 1:
+        svg = pictures.scatter(marks, names=("divergence from the dense model, nats per token", "search score"))
+        picture = _KEY + "</div>" + _figure(svg, "Measured right after the cut, before the recovery.")
+    rows = []
+    for row in found:
+        known = f"needs {FEW_TRIALS} trials" if row.correlation is None else f"{row.correlation:+.2f}"
+        rows.append(("", [row.label, str(row.trials), _duration(row.seconds), _percent(row.share), known]))
+    note = (
+        "<p>Rank correlation is Spearman's with the final search score; +1 means that the rung ranks the trials as "
+        "that score does. A rung after the recovery shares its items with the final score, which flatters it.</p>"
+    )
+    spared, ahead = control_group(results)
+    control = (
+        f"<p>{spared} trials that were behind went on as a control; {ahead} of them ended ahead of their rival.</p>"
+    )
+    table = _table(["rung", "trials", "time", "share of a trial", "rank correlation"], rows)
+    return _section("rungs", "What is known early", picture, table, note, control if spared else "")
 
 
 def _importance(f: Findings) -> str:
@@ -377,10 +408,17 @@ def page(findings: Findings, run: Path) -> str:
     study = findings.study
     sections = [
         _scores(findings), _finalists(findings), _history(findings), _widths(findings), _importance(findings),
-        _time(findings), _failures(findings), _meaning(findings), _next(findings, run),
+        _time(findings), _rungs(findings), _failures(findings), _meaning(findings), _next(findings, run),
     ]  # fmt: skip
     titles = {"scores": "Scores", "finalists": "Finalists", "history": "Search", "widths": "Kept widths"}
-    titles |= {"importance": "Parameters", "time": "Time", "failures": "Failures", "meaning": "Meaning", "next": "Next"}
+    titles |= {
+        "importance": "Parameters",
+        "time": "Time",
+        "rungs": "Rungs",
+        "failures": "Failures",
+        "meaning": "Meaning",
+        "next": "Next",
+    }
     there = [(key, title) for key, title in titles.items() if any(f'<section id="{key}">' in s for s in sections)]
     links = "".join(f'<a href="#{key}">{title}</a>' for key, title in there)
     of = "all" if study.budget.of == "all" else "non-embedding"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import logging
@@ -10,9 +11,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adasearch.checks import Checked, check_study
+from adasearch.checks import Checked, check_study, machines, place
 from adasearch.config import StudyConfig, load_study
 from adasearch.display import open_display
+from adasearch.documents import plain
 from adasearch.environment import machine, versions
 from adasearch.errors import ConfigError
 from adasearch.records import DENSE, read_records, write_json
@@ -20,36 +22,57 @@ from adasearch.records import DENSE, read_records, write_json
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from adasearch.placement import Placement
     from adasearch.search.executor import Executor
 
 
-def open_executor(study: StudyConfig, run: Path, workers: int) -> Executor:
-    """Return an executor of `workers` workers on the study's cluster; a worker is opened when it is first needed."""
+def open_executor(study: StudyConfig, run: Path, placed: Placement) -> Executor:
+    """Return an executor of the workers that were decided on; a worker is opened when it is first needed."""
     from adasearch.worker import open_worker
 
-    threads = study.cluster.threads or max(1, (os.cpu_count() or 1) // workers)
-    factory = functools.partial(open_worker, study, str(run.resolve()), threads)
+    factory = functools.partial(open_worker, study, str(run.resolve()), placed.threads, placed.gpu_memory)
     if study.cluster.address == "in_process":
         from adasearch.search.executor import InProcessExecutor
 
         return InProcessExecutor(factory)
     from adasearch.search.ray_executor import RayExecutor
 
-    gpus = _gpus_per_worker(study, workers)
-    return RayExecutor(factory, workers=workers, threads=threads, gpus=gpus, address=study.cluster.address)
+    return RayExecutor(
+        factory, workers=placed.workers, threads=placed.threads, gpus=placed.gpus, address=study.cluster.address
+    )
 
 
-def _gpus_per_worker(study: StudyConfig, workers: int) -> float:
-    if study.cluster.gpus_per_worker is not None:
-        return study.cluster.gpus_per_worker
-    if study.cluster.address is not None:
-        return 0.0
-    from adasearch.models import num_gpus
+def _going_on(study: StudyConfig, run: Path) -> StudyConfig:
+    """Return the study with as many workers as its run began with, where it leaves their number open.
 
-    return num_gpus() / workers
+    What is proposed depends on the number of workers; other memory or cores must not change it halfway.
+    """
+    path = run / "config.yaml"
+    if study.cluster.workers != "auto" or not path.is_file():
+        return study
+    with contextlib.suppress(ConfigError):  # damaged, or of another study: `check_owner` says so
+        return dataclasses.replace(
+            study, cluster=dataclasses.replace(study.cluster, workers=load_run(run).cluster.workers)
+        )
+    return study
 
 
-def _write_manifest(run: Path, study: StudyConfig, checked: Checked) -> None:
+def _place(study: StudyConfig, checked: Checked) -> tuple[StudyConfig, Placement, Placement]:
+    """Return the study with its workers decided, and where its trials and its finalists run."""
+    offered = machines(study)
+    placed = place(study, checked.shape, offered)
+    last = place(study, checked.shape, offered, finalists=True)
+    cluster = dataclasses.replace(
+        study.cluster,
+        workers=placed.workers,
+        threads=placed.threads,
+        gpus_per_worker=placed.gpus,
+        gpu_memory=placed.gpu_memory,
+    )
+    return dataclasses.replace(study, cluster=cluster), placed, last
+
+
+def _write_manifest(run: Path, study: StudyConfig, checked: Checked, placements: dict[str, Placement]) -> None:
     """Write what the figures of a run depend on: versions, seeds, model, items of each split, hardware."""
     write_json(
         run / "manifest.json",
@@ -59,6 +82,7 @@ def _write_manifest(run: Path, study: StudyConfig, checked: Checked) -> None:
             "seed": study.seed,
             "versions": versions(),
             "machine": machine(),
+            "placement": {name: {"summary": p.summary, **plain(p)} for name, p in placements.items()},
             "model": {
                 "name": study.model.name,
                 "digest": checked.model_digest,
@@ -105,18 +129,20 @@ def run_study(path: Path, *, out: Path | None, say: Callable[[str], None]) -> Pa
     checked = check_study(study, f"{path}:", run)
     run.mkdir(parents=True, exist_ok=True)
     with hold(run):
+        study, placed, placed_last = _place(_going_on(study, run), checked)
         check_owner(run, study)
-        _write_manifest(run, study, checked)
+        _write_manifest(run, study, checked, {"search": placed, "finalists": placed_last})
         space = Space.from_config(study.space, study.trial, seed=study.seed)
         say(f"{study.name}: {checked.summary} -> {run}")
+        for line in (placed.summary, *(f"warning: {warning}" for warning in placed.warnings)):
+            say(line)
         with contextlib.ExitStack() as stack:
-            executor = stack.enter_context(open_executor(study, run, study.cluster.workers))
+            executor = stack.enter_context(open_executor(study, run, placed))
             with open_display(study.trials, study.name) as display:
                 run_search(study, space, run, executor, display.observe)
-            workers = study.finalize.workers or study.cluster.workers
-            if workers != study.cluster.workers:
+            if placed_last.workers != placed.workers:
                 executor.close()
-                executor = stack.enter_context(open_executor(study, run, workers))
+                executor = stack.enter_context(open_executor(study, run, placed_last))
             with open_display(0, study.name) as display:
                 finalize(study, run, executor, display)
         report = write_report(run)

@@ -1,6 +1,6 @@
 """One trial: configuration -> smaller model -> score. The pipeline on one screen.
 
-describe -> calibrate -> score -> allocate -> plan -> cut + compensate -> recover -> evaluate
+describe -> calibrate -> score -> allocate -> plan -> cut + compensate -> measure -> recover -> evaluate
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adasearch import registry
+from adasearch import models, racing, registry
 from adasearch.config import Component, TaskScore, TrialConfig, TrialResult
 from adasearch.errors import ConfigError, TrialError
 from adasearch.pruning import allocation, compensation, importance, surgery
 from adasearch.pruning.allocation import AllocationContext
 from adasearch.pruning.plan import PruningPlan, make_plan
 from adasearch.pruning.projection import project
-from adasearch.tuning import evaluation, scoring
+from adasearch.racing import Race, Rung, TaskValues
+from adasearch.tuning import divergence, evaluation, scoring
 from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from adasearch.workbench import TaskItems, Workbench
 
 Observer = Callable[[str, float | None], None]
-TaskValues = dict[str, np.ndarray]
+Blocks = dict[str, tuple[scoring.EncodedItem, ...]]
 
 
 def silent(_phase: str, _progress: float | None) -> None:
@@ -72,6 +73,7 @@ class Evaluated:
 
     Args:
         stopped: the model was behind its rival with confidence before all items were scored.
+        rungs: the objective after each block of items.
     """
 
     tasks: tuple[TaskScore, ...]
@@ -79,6 +81,7 @@ class Evaluated:
     score: float
     stderr: float
     stopped: bool
+    rungs: tuple[Rung, ...]
 
 
 def needs_of(config: TrialConfig) -> frozenset[str]:
@@ -111,7 +114,8 @@ def prune(config: TrialConfig, bench: Workbench, clock: Clock) -> Pruned:
     clock.enter("plan")
     plan = decide(config, bench, structure, statistics)
     clock.enter("cut")
-    model = surgery.cut(bench.base.config, bench.base.weights, structure, plan).to(bench.device)
+    model = surgery.cut(bench.base.config, bench.base.weights, structure, plan, models.own_weights(bench.base))
+    model = model.to(bench.device)
     compensation.apply(model, structure, plan, statistics, bench.base.weights, config.compensation)
     return Pruned(model=model, structure=structure, plan=plan)
 
@@ -131,65 +135,78 @@ def recover(pruned: Pruned, recovery: Component, config: TrialConfig, bench: Wor
     return report
 
 
-def paired_gap(values: TaskValues, rival: TaskValues) -> tuple[float, float]:
-    """Return the mean difference to `rival` and its standard error: items paired, tasks weighing the same.
+def measure(model: nn.Module, bench: Workbench, clock: Clock) -> tuple[Rung, ...]:
+    """Return what the study wants to know of a model right after its cut; the model stays as it is."""
+    wanted, rungs = bench.study.fidelity, []
+    if wanted.divergence:
+        clock.enter("divergence")
+        reference = bench.reference()  # made by a worker's first trial, whose cost it is not
+        begun = time.perf_counter()
+        mean, error = divergence.divergence(model, reference)
+        seconds = time.perf_counter() - begun
+        rungs.append(Rung(kind="divergence", share=0.0, value=mean, stderr=error, seconds=seconds))
+    if wanted.unrecovered:
+        clock.enter("unrecovered")
+        metric, tasks = bench.study.objective.metric, bench.items("search")
+        begun = time.perf_counter()
+        logliks = score_blocks(model, first_items(tasks, wanted.unrecovered))
+        mean, error = evaluation.objective(task_scores(tasks, logliks), metric)
+        seconds = time.perf_counter() - begun
+        rungs.append(Rung(kind="unrecovered", share=wanted.unrecovered, value=mean, stderr=error, seconds=seconds))
+    return tuple(rungs)
 
-    Args:
-        values: item values by task (n-vectors).
-        rival: the same of another model, at least as many items of each task, in the same order.
-    """
-    gaps = [mine - rival[task][: len(mine)] for task, mine in values.items()]
-    means = [gap.mean() for gap in gaps]
-    variances = [gap.var(ddof=1) / len(gap) if len(gap) > 1 else 0.0 for gap in gaps]
-    return float(np.mean(means)), float(np.sqrt(np.sum(variances)) / len(gaps))
+
+def first_items(tasks: dict[str, TaskItems], share: float, after: dict[str, int] | None = None) -> Blocks:
+    """Return the first `share` of each task's items, at least two, but for the first `after` of them."""
+    ends = {name: max(2, round(share * len(task.items))) for name, task in tasks.items()}
+    return {name: task.encoded[(after or {}).get(name, 0) : ends[name]] for name, task in tasks.items()}
 
 
-def comparable(rival: TaskValues | None, counts: dict[str, int]) -> bool:
-    """Return whether `rival` holds every item of every task, so that a race against it is fair."""
-    return rival is not None and all(task in rival and len(rival[task]) == n for task, n in counts.items())
+def evaluate(model: nn.Module, bench: Workbench, clock: Clock, race: Race | None = None) -> Evaluated:
+    """Score a model on the search items, block by block; stop where it is behind its rival with confidence.
 
-
-def evaluate(model: nn.Module, bench: Workbench, clock: Clock, rival: TaskValues | None = None) -> Evaluated:
-    """Score a model on the search items, block by block; stop where it is behind `rival` with confidence.
-
-    After each of `racing.rungs` the model stops when gap + z * error < 0, with the paired gap to the rival. Its score
-    is then estimated as the rival's score plus the gap: all trials are compared on the same footing.
+    It is looked at after each of `racing.rungs`, see `racing.upper_bound`. The score of a model that stops is estimated
+    from the rival's and the paired gap, see `racing.estimate`: all trials are compared on the same footing.
 
     Args:
         model: any causal language model.
         bench: holds the items.
         clock: told of the progress.
-        rival: item values of the best trial so far, None to score every item.
+        race: against whom; None, or a rival that was not scored on all items, is no race.
     """
-    metric, racing = bench.study.objective.metric, bench.study.racing
+    metric, rules = bench.study.objective.metric, bench.study.racing
     tasks = bench.items("search")
     counts = {name: len(task.items) for name, task in tasks.items()}
-    race = rival if comparable(rival, counts) else None
+    race = race if race is not None and racing.comparable(race.rival, counts) else None
     # The same blocks with a rival and without: in half precision a score depends on what shares its batch.
-    shares = (*sorted(racing.rungs), 1.0) if racing.enabled else (1.0,)
+    shares = (*sorted(rules.rungs), 1.0) if rules.enabled else (1.0,)
     logliks: dict[str, list[np.ndarray]] = {name: [] for name in tasks}
-    values: TaskValues = {}
+    rungs: list[Rung] = []
     for share in shares:
-        clock.enter("evaluate", len(next(iter(logliks.values()))) / max(1, next(iter(counts.values()))))
-        ends = {name: max(2, round(share * n)) for name, n in counts.items()}
-        blocks = {name: tasks[name].encoded[len(logliks[name]) : ends[name]] for name in tasks}
-        for name, found in score_blocks(model, blocks).items():
+        clock.enter("evaluate", rungs[-1].share if rungs else 0.0)
+        begun = time.perf_counter()
+        done = {name: len(found) for name, found in logliks.items()}
+        for name, found in score_blocks(model, first_items(tasks, share, done)).items():
             logliks[name] += found
         values = {
-            name: evaluation.item_values(tasks[name].items[: ends[name]], logliks[name], metric) for name in tasks
+            name: evaluation.item_values(tasks[name].items[: len(found)], found, metric)
+            for name, found in logliks.items()
         }
-        if race is not None and share < 1.0:
-            gap, error = paired_gap(values, race)
-            if gap + racing.z * error < 0:
-                score = float(np.mean([race[name].mean() for name in tasks])) + gap
-                scores = task_scores(tasks, logliks)
-                return Evaluated(tasks=scores, values=values, score=score, stderr=error, stopped=True)
-    scores = task_scores(tasks, logliks)
-    score, stderr = evaluation.objective(scores, metric)
-    return Evaluated(tasks=scores, values=values, score=score, stderr=stderr, stopped=False)
+        scores = task_scores(tasks, logliks)
+        score, stderr = evaluation.objective(scores, metric)
+        gap, bound = racing.upper_bound(values, race.rival, rules.z, len(rules.rungs)) if race else (None, None)
+        seconds = time.perf_counter() - begun
+        rungs.append(Rung(kind="recovered", share=share, value=score, stderr=stderr, seconds=seconds, gap=gap,
+                          bound=bound))  # fmt: skip
+        stopped = race is not None and race.stops and rungs[-1].behind and share < 1.0
+        if stopped:
+            break
+    if race is not None and stopped:
+        score, stderr = racing.estimate(values, race.rival)
+    return Evaluated(tasks=scores, values=values, score=score, stderr=stderr, stopped=stopped, rungs=tuple(rungs))
 
 
-def score_blocks(model: nn.Module, blocks: dict[str, Any]) -> dict[str, list[np.ndarray]]:
+def score_blocks(model: nn.Module, blocks: Blocks) -> dict[str, list[np.ndarray]]:
     """Return the log-likelihoods of the choices of every item, by task; all tasks share their batches."""
     together = [item for block in blocks.values() for item in block]
     flat = iter(scoring.score(model, together).logliks if together else ())
@@ -202,7 +219,7 @@ def task_scores(tasks: dict[str, TaskItems], logliks: dict[str, list[np.ndarray]
 
 
 def run_trial(
-    data: dict[str, Any] | None, bench: Workbench, observer: Observer = silent, rival: TaskValues | None = None
+    data: dict[str, Any] | None, bench: Workbench, observer: Observer = silent, race: Race | None = None
 ) -> tuple[TrialResult, TaskValues]:
     """Run one trial and return its result and the value of every item that was scored, by task.
 
@@ -210,13 +227,14 @@ def run_trial(
         data: the configuration as `TrialConfig.to_dict` gives it, None for the dense model.
         bench: what the worker keeps between trials; not changed.
         observer: called with (phase, progress in it or None).
-        rival: item values of the best trial so far, for early stopping.
+        race: item values of the best trial so far, for early stopping.
 
     Raises:
         TrialError: the trial has no score, with the reason.
     """
     clock = Clock(observer)
     notes: dict[str, float | str] = {}
+    rungs: tuple[Rung, ...] = ()
     if data is None:
         clock.enter("load")
         dense = bench.structure()
@@ -225,9 +243,10 @@ def run_trial(
         config = TrialConfig.from_dict(data, "trial")
         pruned = prune(config, bench, clock)
         model, widths, parameters = pruned.model, pruned.plan.widths(pruned.structure), pruned.plan.parameters
+        rungs = measure(model, bench, clock)
         notes = _loss_notes(recover(pruned, config.recovery, config, bench, clock))
         del pruned
-    found = evaluate(model, bench, clock, rival)
+    found = evaluate(model, bench, clock, race)
     clock.enter("done")
     bench.assert_unchanged()
     del model
@@ -243,6 +262,7 @@ def run_trial(
         seconds=clock.seconds,
         peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         notes=notes,
+        rungs=rungs + found.rungs,
     )
     return result, found.values
 

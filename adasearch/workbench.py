@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ import torch
 from adasearch import data, models
 from adasearch.config import CalibrationConfig, Component, StudyConfig, UnitsConfig
 from adasearch.documents import fingerprint
-from adasearch.errors import TrialError
+from adasearch.errors import DataError, TrialError
 from adasearch.pruning import architectures, calibration
 from adasearch.pruning.statistics import Statistics
-from adasearch.tuning import scoring, tasks
-from adasearch.tuning.items import Item
+from adasearch.pruning.statistics_cache import Cache
+from adasearch.tuning import divergence, scoring, tasks
+from adasearch.tuning.items import Item, Role
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,6 +32,29 @@ class TaskItems:
 
     items: tuple[Item, ...]
     encoded: tuple[scoring.EncodedItem, ...]
+
+
+_STATISTICS_VERSION = 2
+"""Raised when the same sample would give other statistics than before, or the same in another form."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Origin:
+    """Computes the statistics of one calibration sample."""
+
+    bench: Workbench
+    structure: ModelStructure
+    sample: CalibrationConfig
+
+    def accumulate(self, first: int, stop: int, families: frozenset[str]) -> Statistics:
+        """Return families that merge of the sequences from `first` to `stop`."""
+        sample = dataclasses.replace(self.sample, samples=stop)
+        tokens = data.token_matrix(self.bench.base.tokenizer, sample, self.bench.study.data_root)
+        return calibration.accumulate(self.bench.dense(), self.structure, tokens[first:], families)
+
+    def read(self, merged: Statistics, needs: frozenset[str], sequences: int) -> Statistics:
+        """Return the families in `needs` that follow from `merged`."""
+        return calibration.read(merged, needs, self.structure, self.bench.base.weights, sequences)
 
 
 def cache_folder(run: Path) -> Path:
@@ -63,6 +88,8 @@ class Workbench:
         self._structures: dict[UnitsConfig, ModelStructure] = {}
         self._items: dict[str, dict[str, TaskItems]] = {}
         self._dense: nn.Module | None = None
+        self._last: tuple[tuple[str, int, frozenset[str]], Statistics] | None = None
+        self._reference: divergence.Reference | None = None
 
     def structure(self, units: UnitsConfig | None = None) -> ModelStructure:
         """Return the model's structure with the units asked for."""
@@ -80,20 +107,48 @@ class Workbench:
     def statistics(
         self, structure: ModelStructure, sample: CalibrationConfig, units: UnitsConfig, needs: frozenset[str]
     ) -> Statistics | None:
-        """Return the statistics of a calibration sample, from the cache where they are known; None for no needs."""
+        """Return the statistics of a calibration sample, from the cache where they are known; None for no needs.
+
+        What the last trial used is at hand without a look at the disk.
+        """
         if not needs:
             return None
-
-        def compute(missing: frozenset[str]) -> Statistics:
-            tokens = data.token_matrix(self.base.tokenizer, sample, self.study.data_root)
-            found = calibration.collect(self.dense(), structure, tokens, missing)
+        version = data.corpus_version(sample.corpus, self.study.data_root)
+        content = (self._checksum, str(self.base.dtype), units, self.study.data_root, version, _STATISTICS_VERSION)
+        key = fingerprint((*content, dataclasses.replace(sample, samples=1)))
+        asked = (key, sample.samples, needs)
+        if self._last is None or self._last[0] != asked:
+            origin = _Origin(bench=self, structure=structure, sample=sample)
+            self._last = None  # before the next are made: two of them need not fit into memory
+            self._last = (asked, Cache(folder=self.cache / "statistics").obtain(key, sample.samples, needs, origin))
             self.release()
-            return found
+        return self._last[1]
 
-        key = fingerprint((self._checksum, str(self.base.dtype), sample, units, self.study.data_root))
-        return calibration.cached(self.cache / "statistics", key, needs, compute)
+    def reference(self) -> divergence.Reference:
+        """Return what every trial's model is compared with after its cut, the same for all; made once.
 
-    def items(self, role: tasks.Role) -> dict[str, TaskItems]:
+        The text is drawn by the study's seed, as much from each corpus that trials may calibrate on, from the part
+        ``search``: it is disjoint from what calibration and recovery read, and from all that is reported.
+
+        Raises:
+            DataError: a corpus has too little text in that part.
+        """
+        if self._reference is None:
+            study, corpora = self.study, self.study.calibration_corpora
+            windows = divergence.num_windows(study.fidelity.divergence / len(corpora))
+            samples = [
+                CalibrationConfig(corpus=corpus, samples=windows, length=divergence.WINDOW, draw=study.seed)
+                for corpus in corpora
+            ]
+            try:
+                found = [data.token_matrix(self.base.tokenizer, s, study.data_root, "search") for s in samples]
+            except DataError as error:
+                raise DataError(f"fidelity.divergence: {error}; 0 leaves the comparison out") from error
+            self._reference = divergence.reference(self.dense(), torch.cat(found))
+            self.release()
+        return self._reference
+
+    def items(self, role: Role) -> dict[str, TaskItems]:
         """Return the items of every task in a role (``search``, ``select`` or ``report``), by task."""
         if role not in self._items:
             limit = scoring.max_length(self.base.config, self.base.tokenizer)

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adasearch import models
 from adasearch.config import StudyConfig
 from adasearch.environment import machine
 from adasearch.finalize import FinalTask, run_final
+from adasearch.racing import Race
 from adasearch.records import Record, read_items, state_writer, write_items, write_record
 from adasearch.search.driver import Assignment
 from adasearch.trial import run_trial
@@ -18,8 +20,17 @@ if TYPE_CHECKING:
     from adasearch.records import FinalRecord
 
 
-def open_worker(study: StudyConfig, run: str, threads: int) -> Callable[[Any], Any]:
-    """Return the function that does a worker's tasks: `Assignment` -> `Record`, `FinalTask` -> `FinalRecord`."""
+def open_worker(study: StudyConfig, run: str, threads: int, gpu_memory: float | None = None) -> Callable[[Any], Any]:
+    """Return the function that does a worker's tasks: `Assignment` -> `Record`, `FinalTask` -> `FinalRecord`.
+
+    Args:
+        study: the resolved study.
+        run: run folder.
+        threads: CPU threads of the worker.
+        gpu_memory: share of its GPU's memory that it may take, None for all.
+    """
+    if gpu_memory is not None:
+        models.limit_gpu_memory(gpu_memory)
     bench = Workbench(study, Path(run), threads)
 
     def work(task: Assignment | FinalTask) -> Record | FinalRecord:
@@ -41,8 +52,9 @@ def environment(bench: Workbench) -> dict[str, str]:
 def run_assignment(task: Assignment, bench: Workbench) -> Record:
     """Run one attempt at a trial; its record is on disk before this returns."""
     folder = Path(task.folder)
-    rival = read_items(Path(task.incumbent)) if task.incumbent and bench.study.racing.enabled else None
-    result, items = run_trial(task.config, bench, state_writer(folder), rival)
+    rival = read_items(Path(task.incumbent)) if task.incumbent else None
+    race = Race(rival=rival, stops=not task.control) if rival else None
+    result, items = run_trial(task.config, bench, state_writer(folder), race)
     write_items(folder, items)
     record = Record(number=task.number, attempt=task.attempt, recipe=task.recipe, config=task.config, result=result,
                     failure=None, environment=environment(bench))  # fmt: skip

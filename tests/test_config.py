@@ -40,7 +40,7 @@ def test_every_study_in_the_project_reads(path):
 def test_defaults_are_filled_in():
     study = study_of()
     assert study.name == "s"
-    assert study.cluster.workers == 2
+    assert study.cluster.workers == "auto"
     assert study.finalize.recovery.type == "full"
 
 
@@ -64,6 +64,9 @@ def test_defaults_are_filled_in():
         ({"finalize": {"recovery": {"type": "ful"}}}, "s.yaml: finalize.recovery.type: unknown recovery 'ful'"),
         ({"finalize": {"formats": ["onnx"]}}, "s.yaml: finalize.formats: unknown export format 'onnx'"),
         ({"racing": {"rungs": [0.5, 3]}}, "s.yaml: racing.rungs.1: "),
+        ({"racing": {"control": 1.5}}, "s.yaml: racing.control: "),
+        ({"fidelity": {"divergance": 64}}, "s.yaml: fidelity.divergance: unknown key 'divergance'; did you mean 'div"),
+        ({"fidelity": {"unrecovered": -0.1}}, "s.yaml: fidelity.unrecovered: "),
     ],
 )
 def test_wrong_studies_name_file_and_key(changes, message):

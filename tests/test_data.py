@@ -169,6 +169,30 @@ def test_calibration_samples_are_drawn_by_seed(length):
     assert not torch.equal(matrix, data.token_matrix(TOKENIZER, other))
 
 
+@given(st.integers(1, 30), st.integers(1, 30), st.sampled_from([7, 64, 300]), st.integers(0, 5), st.booleans())
+def test_calibration_samples_are_nested(tmp_path_factory, few, more, length, draw, embedded):
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "a.txt").write_text("\n\n".join(texts(25)))
+    corpus = "pydoc" if embedded else str(folder / "a.txt")
+    small, large = (
+        data.token_matrix(TOKENIZER, CalibrationConfig(corpus=corpus, samples=n, length=length, draw=draw))
+        for n in (few, few + more)
+    )
+    assert torch.equal(large[:few], small)
+
+
+def test_the_version_of_a_corpus_changes_with_its_files(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("one")
+    first = data.corpus_version(str(file))
+    assert data.corpus_version(str(file)) == first
+    file.write_text("two more")
+    data.corpus_version.cache_clear()
+    assert data.corpus_version(str(file)) != first
+    root = repository(tmp_path, rows=texts(3))
+    assert data.corpus_version("owner/texts", root) not in {first, data.corpus_version("pydoc")}
+
+
 def test_calibration_windows_lie_in_the_fit_part_and_differ(tmp_path):
     root = repository(tmp_path, rows=texts(30))
     config = CalibrationConfig(corpus="owner/texts", samples=40, length=64, draw=0)

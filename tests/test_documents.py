@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adasearch.config import BudgetConfig, CalibrationConfig, RacingConfig
+from adasearch.config import BudgetConfig, CalibrationConfig
 from adasearch.documents import fingerprint, join, parse, plain, read_yaml
 from adasearch.errors import ConfigError
+from adasearch.racing import RacingConfig
 
 
 @pytest.mark.parametrize(

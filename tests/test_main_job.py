@@ -18,7 +18,10 @@ import yaml
 
 import adasearch
 from adasearch.cli import main
+from adasearch.config import load_study
+from adasearch.environment import usable_cores
 from adasearch.records import DENSE, read_finals, read_records
+from adasearch.run import _going_on
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,6 +116,41 @@ def test_the_job_leaves_what_the_readme_promises(finished):
     assert not splits[0] & splits[1]
     assert not splits[0] & splits[2]
     assert not splits[1] & splits[2]
+
+
+def test_where_trials_ran_is_written_down(finished):
+    manifest = json.loads((finished / "manifest.json").read_text())
+    cluster = yaml.safe_load((finished / "config.yaml").read_text())["cluster"]
+    cores = usable_cores()
+    for placed in manifest["placement"].values():
+        assert (placed["workers"], placed["threads"], placed["gpus"]) == (1, cores, 0.0)
+        assert placed["summary"].startswith("1 worker x ")
+    assert (cluster["workers"], cluster["threads"], cluster["gpus_per_worker"]) == (1, cores, 0.0)
+    assert {r.environment["threads"] for r in read_records(finished)} == {str(cores)}
+
+
+def test_validate_says_where_trials_would_run_and_what_does_not_fit(tmp_path, tiny_checkpoint, capsys):
+    path = study_file(tmp_path, str(tiny_checkpoint), cluster={"workers": 3, "threads": 64}, trials=8)
+    assert main(["validate", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "search: 3 workers x 64 threads, " in out
+    assert f"warning: 3 workers x 64 threads are 192 threads on {usable_cores()} cores" in out
+    path = study_file(tmp_path, str(tiny_checkpoint), cluster={"workers": "auto"}, trials=4)
+    assert main(["validate", str(path)]) == 0
+    assert "search: 1 worker x " in capsys.readouterr().out, "four trials are too few for two workers"
+
+
+def test_a_run_goes_on_with_the_workers_it_began_with(finished, tmp_path, tiny_checkpoint):
+    held = yaml.safe_load((finished / "config.yaml").read_text())
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump({**held, "cluster": {"workers": 7, "threads": 1}}))
+    open_number = load_study(study_file(tmp_path, str(tiny_checkpoint), cluster={"workers": "auto"}))
+    assert _going_on(open_number, run).cluster.workers == 7
+    assert _going_on(open_number, run).cluster.threads is None
+    assert _going_on(open_number, tmp_path).cluster.workers == "auto"
+    stated = load_study(study_file(tmp_path, str(tiny_checkpoint), cluster={"workers": 2}))
+    assert _going_on(stated, run) == stated
 
 
 def test_every_trial_meets_the_budget_up_to_a_unit(finished):

@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import shutil
+import sys
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -11,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adasearch import models
-from adasearch.config import ModelConfig
+from adasearch.config import ModelConfig, UnitsConfig
 from adasearch.errors import ModelError, StorageError
+from adasearch.pruning import architectures, surgery
 from tests import tiny
 
 
@@ -157,6 +160,76 @@ def test_model_equals_that_of_transformers(checkpoint):
     tokens = torch.arange(3, 40)[None]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)(tokens).logits
     assert torch.equal(models.dense_model(models.open_base(checkpoint))(tokens).logits, theirs)
+
+
+def test_own_weights_are_equal_and_no_copies_until_they_are_written(checkpoint):
+    base = models.open_base(checkpoint)
+    own = models.own_weights(base)
+    assert list(own) == list(base.weights)
+    name = "model.embed_tokens.weight"
+    assert torch.equal(own[name], base.weights[name])
+    assert own[name].data_ptr() != base.weights[name].data_ptr()
+    own[name].add_(1)
+    assert not torch.equal(own[name], base.weights[name])
+    assert torch.equal(models.open_base(checkpoint).weights[name], base.weights[name])
+    assert models.own_weights(models.open_base(checkpoint, torch.float16)) is None
+
+
+def _write_everywhere(folder, asked, told):
+    """Write in place into every weight that a process can reach: base, dense model and cut model."""
+    base = models.open_base(folder)
+    structure = architectures.describe(base.shape, UnitsConfig())
+    plan = tiny.random_plan(structure, UnitsConfig(), {g.name: max(1, g.units // 2) for g in structure.groups})
+    small = surgery.cut(base.config, base.weights, structure, plan, models.own_weights(base))
+    before = models.checksum(base)
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.fill_(7)
+    told.send(models.checksum(base) == before)
+    asked.recv()
+    with torch.no_grad():
+        for parameter in models.dense_model(base).parameters():
+            parameter.add_(1)
+        for weight in base.weights.values():
+            weight.mul_(3)
+    told.send(models.checksum(base) != before)
+    asked.recv()
+
+
+def _mapped(folder):
+    """Return the kB of this process that lie in the weights' file: resident, and its share of them."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    starts = [i for i, line in enumerate(lines) if line.endswith(str((folder / "model.safetensors").resolve()))]
+    sizes = [dict(line.split(":") for line in lines[i + 1 : i + 9]) for i in starts]
+    return [sum(int(size[key].split()[0]) for size in sizes) for key in ("Rss", "Pss")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_lie_in_memory_once_and_a_write_stays_in_its_process(tmp_path):
+    folder = tiny.save_checkpoint(tmp_path / "wide", hidden_size=240, intermediate_size=1024)
+    file = folder / "model.safetensors"
+    content, base = file.read_bytes(), models.open_base(folder)
+    here = {name: weight.clone() for name, weight in base.weights.items()}
+    alone = _mapped(folder)
+    assert alone[0] >= len(content) / 1024 * 0.9
+    context = multiprocessing.get_context("spawn")
+    (asked, ask), (tell, told) = context.Pipe(duplex=False), context.Pipe(duplex=False)
+    process = context.Process(target=_write_everywhere, args=(folder, asked, told))
+    process.start()
+    try:
+        assert tell.recv(), "a cut model shares no weight with its base that it may write to"
+        shared = _mapped(folder)
+        assert shared[0] == alone[0]
+        assert shared[1] < 0.6 * alone[1], "another process must read the same pages"
+        ask.send("write")
+        assert tell.recv()
+        assert file.read_bytes() == content
+        assert all(torch.equal(weight, here[name]) for name, weight in base.weights.items())
+        assert all(torch.equal(w, here[n]) for n, w in models.open_base(folder).weights.items())
+        ask.send("end")
+    finally:
+        process.join(60)
+        process.kill()
 
 
 def test_surplus_tensors_of_old_checkpoints_are_left_out(checkpoint):

@@ -11,6 +11,7 @@ import pytest
 
 from adasearch.config import TaskScore, TrialResult
 from adasearch.errors import StorageError
+from adasearch.racing import Rung
 from adasearch.records import (
     DENSE,
     Failure,
@@ -31,7 +32,10 @@ SCORE = TaskScore(
     task="t", n=3, acc=1 / 3, acc_stderr=0.1, acc_norm=None, acc_norm_stderr=None, margin=0.2, margin_stderr=0.01
 )
 RESULT = TrialResult(score=0.25, stderr=0.01, tasks=(SCORE,), parameters=10, widths={"g": 3}, items=3, stopped=False,
-                     seconds={"cut": 0.5}, peak_bytes=5, notes={"loss_first": 2.0, "x": "y"})  # fmt: skip
+                     seconds={"cut": 0.5}, peak_bytes=5, notes={"loss_first": 2.0, "x": "y"},
+                     rungs=(Rung(kind="divergence", share=0.0, value=0.4, stderr=0.1, seconds=0.2),
+                            Rung(kind="recovered", share=0.3, value=0.2, stderr=0.1, seconds=1.0, gap=-0.1,
+                                 bound=-0.01)))  # fmt: skip
 
 
 def record(number=0, attempt=1, *, result=RESULT, failure=None) -> Record:

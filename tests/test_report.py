@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adasearch import pictures, report, report_html
+from adasearch import pictures, report, report_html, report_rungs
 from adasearch.config import (
     BudgetConfig,
     Component,
@@ -28,6 +28,7 @@ from adasearch.config import (
     TaskScore,
     TrialResult,
 )
+from adasearch.racing import Rung
 from adasearch.records import (
     DENSE,
     Failure,
@@ -94,13 +95,25 @@ def widths(rng: np.random.Generator | None) -> dict[str, int]:
     return found
 
 
-def trial(run: Path, number: int, score: float, *, recipe: str | None = None, stopped: bool = False) -> None:
+def rungs_of(score: float, *, stopped: bool, rival: float | None = None) -> tuple[Rung, ...]:
+    """Return a divergence that falls as the score rises, and two looks at items, the first 0.01 below the score."""
+    gaps = {"gap": None, "bound": None} if rival is None else {"gap": score - rival, "bound": score - rival + 0.02}
+    found = [
+        Rung(kind="divergence", share=0.0, value=1 - score, stderr=0.02, seconds=0.5),
+        Rung(kind="recovered", share=0.3, value=score - 0.01, stderr=0.02, seconds=2.0, **gaps),
+        Rung(kind="recovered", share=1.0, value=score, stderr=0.012, seconds=6.0, **gaps),
+    ]
+    return tuple(found[:2] if stopped else found)
+
+
+def trial(run: Path, number: int, score: float, *, recipe: str | None = None, **facts: Any) -> None:
     rng = np.random.default_rng(number + 2)
-    dense = number == DENSE
+    dense, stopped = number == DENSE, facts.get("stopped", False)
     result = TrialResult(
         score=score, stderr=0.012, tasks=(), parameters=DENSE_PARAMETERS if dense else int(DENSE_PARAMETERS * 0.8),
         widths=widths(None if dense else rng), items=600, stopped=stopped,
         seconds={"calibrate": 2.5, "recover": float(rng.uniform(10, 60)), "score": 8.25}, peak_bytes=1 << 30, notes={},
+        rungs=() if dense else facts.get("rungs", rungs_of(score, stopped=stopped)),
     )  # fmt: skip
     parts = {"importance": {"type": "wanda_sp"}, "allocation": {"type": "uniform"}, "recovery": {"type": "lora"}}
     config = None if dense else {**parts, "calibration": {"corpus": "pydoc"}, "units": {"attention": "kv_group"}}
@@ -349,6 +362,58 @@ class TestPage:
         _, text = read(report.write(run, study()))
         assert "2 of 24 trials gave no score" in text
         assert "CUDA out of memory while in recover; <b>8 GiB</b>" in text
+
+
+class TestRungs:
+    def results(self, run: Path) -> list[TrialResult]:
+        return [r.result for r in report.gather(run, study()).records if r.result is not None]
+
+    def test_each_is_held_against_the_final_score(self, run: Path) -> None:
+        results = self.results(run)
+        early, late = report_rungs.rung_rows(results)
+        assert (early.label, late.label) == ("divergence", "recovered, 30 % of items")
+        assert (early.trials, late.trials) == (22, 20)  # of the two that stopped only the divergence counts
+        assert early.correlation == pytest.approx(1.0)
+        assert (early.seconds, late.seconds) == (0.5, 2.0)
+        assert early.share == pytest.approx(0.5 / np.mean([sum(r.seconds.values()) for r in results]))
+
+    def test_few_or_equal_trials_have_no_correlation(self, run: Path) -> None:
+        results = self.results(run)
+        assert report_rungs.rung_rows(results[:7])[0].correlation is None
+        assert report_rungs.rung_rows(results[:8])[0].correlation is not None
+        assert report_rungs.rung_rows(results[:1] * 9)[0].correlation is None
+        assert report_rungs.rung_rows([]) == []
+
+    @pytest.mark.filterwarnings("ignore:An input array is constant")
+    @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=3, max_size=30))
+    def test_the_correlation_is_that_of_pandas(self, pairs: list[tuple[int, int]]) -> None:
+        a, b = np.array(pairs, dtype=float).T
+        expected = pd.Series(a).corr(pd.Series(b), method="spearman")
+        assert float(report_rungs.spearman(a, b)) == pytest.approx(expected, nan_ok=True)
+        lines = report_rungs.spearman(np.stack([a, b]), np.stack([b, b]))
+        assert lines.tolist() == pytest.approx([expected, 1.0 if len(set(b)) > 1 else math.nan], nan_ok=True)
+
+    def test_the_control_group_shows_what_stopping_costs(self, tmp_path: Path) -> None:
+        trial(tmp_path, 0, 0.5, rungs=rungs_of(0.5, stopped=False, rival=0.4))  # never behind
+        trial(tmp_path, 1, 0.3, rungs=rungs_of(0.3, stopped=False, rival=0.4))  # behind to the end
+        recovering = rungs_of(0.3, stopped=False, rival=0.4)[:2] + rungs_of(0.5, stopped=False, rival=0.4)[2:]
+        trial(tmp_path, 2, 0.5, rungs=recovering)
+        trial(tmp_path, 3, 0.3, rungs=rungs_of(0.3, stopped=True, rival=0.4), stopped=True)
+        assert report_rungs.control_group(self.results(tmp_path)) == (2, 1)
+        _, text = read(report.write(tmp_path, study()))
+        assert "2 trials that were behind went on as a control; 1 of them ended ahead" in text
+
+    def test_the_page_shows_them(self, run: Path) -> None:
+        source, text = read(report.write(run, study()))
+        assert "What is known early" in text
+        assert "divergence 22 0.5 s" in text
+        assert "+1.00" in text
+        assert "divergence from the dense model, nats per token" in source
+
+    def test_a_run_without_rungs_has_no_such_section(self, tmp_path: Path) -> None:
+        trial(tmp_path, 0, 0.5, rungs=())
+        _, text = read(report.write(tmp_path, study()))
+        assert "What is known early" not in text
 
 
 class TestWidths:

@@ -1,33 +1,34 @@
-"""A calibration sample through the model: statistics gathered by hooks, kept on disk by content.
+"""A calibration sample through the model: statistics gathered by hooks, one accumulator per family and place.
 
 The model is shared by the trials of a worker, so every hook, gradient and flag set here is undone, whatever happens.
+
+What it costs, over one plain pass of the same tokens through the same model (forward with logits; forward and backward
+with the gradients of all weights), is measured by ``benchmarks/statistics.py``; the promise is 1.2 times.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-import os
-import re
-import time
-import uuid
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn import functional
 
-from adasearch.errors import DataError, StorageError, TrialError
-from adasearch.pruning import statistics
-from adasearch.pruning.statistics import FAMILIES, Covariance, GradientSum, Moments, Statistics
+from adasearch.errors import DataError, TrialError
+from adasearch.pruning import products, statistics
+from adasearch.pruning.statistics import ACCUMULATORS, FAMILIES, SUMS, GradientSum, SquareSum, Statistics
 from adasearch.pruning.structure import ModelStructure, Slice
 
-# A batch this large keeps two cores busy; a larger one only holds more activations.
+# A batch this large keeps two cores busy; a larger one falls out of their caches and holds more activations.
 _CPU_TOKENS, _DEVICE_TOKENS = 512, 8192
-_HEAD_ROWS = 256
-_ABANDONED_SECONDS = 3600.0
+# Bytes of float32 logits at a time: blocks above 32 MiB are handed back to the system and faulted in again on a CPU.
+_CPU_LOGITS, _DEVICE_LOGITS = 2**24, 2**29
+_EAGER_LENGTH = 256
+"""Longest sequence for which plain matrix products beat the fused attention's backward on a CPU (measured)."""
+
+Accumulated = dict[tuple[str, str], Any]
+"""Accumulators by family and place."""
 
 
 def collect(
@@ -38,261 +39,264 @@ def collect(
     *,
     token_budget: int | None = None,
 ) -> Statistics:
-    """Return the statistics in `needs` of a dense model on a calibration sample.
+    """Return the statistics in `needs` (of `FAMILIES`) of a dense model on a calibration sample.
 
-    Sequences go through the model in batches of at most `token_budget` tokens; one by one where `fisher` is needed,
-    since it squares the gradient of each sequence. The result depends on neither, up to rounding. Gradients of the
-    member matrices are held in float32 (twice that with `fisher`), everything else stays small.
+    Arguments and errors as in `accumulate`, whose families these are read from.
+    """
+    assert needs <= FAMILIES, f"unknown statistics {sorted(needs - FAMILIES)}"
+    families = frozenset[str]().union(*map(statistics.merged_from, needs))
+    merged = accumulate(model, structure, tokens, families, token_budget=token_budget)
+    return read(merged, needs, structure, dict(model.named_parameters()), len(tokens))
+
+
+def accumulate(
+    model: nn.Module,
+    structure: ModelStructure,
+    tokens: Tensor,
+    families: frozenset[str],
+    *,
+    token_budget: int | None = None,
+) -> Statistics:
+    """Return families that merge (of `ACCUMULATORS`) of a dense model on a calibration sample.
+
+    Sequences go through the model in batches of at most `token_budget` tokens. The result does not depend on it, up to
+    rounding. Sums of gradients are held in float32, one or two numbers per weight; everything else stays small.
 
     Args:
         model: causal language model in the layout of transformers: `base_model`, `get_output_embeddings`.
         structure: the groups of that model.
         tokens: N × T token ids.
-        needs: names out of ``moments``, ``covariance``, ``gradient``, ``fisher``.
+        families: what to accumulate.
         token_budget: greatest number of tokens in one batch, one sequence always fits; None suits the device.
 
     Raises:
         DataError: there is no sequence, or sequences are too short to have a next token.
         TrialError: a statistic is not finite (kind ``nan``).
     """
-    assert needs <= FAMILIES, f"unknown statistics {sorted(needs - FAMILIES)}"
     if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise DataError(
             f"a calibration sample must be at least 1 sequence of 2 tokens, given shape {tuple(tokens.shape)}"
         )
-    sequences, length = tokens.shape
     device = next(model.parameters()).device
     token_budget = token_budget or (_CPU_TOKENS if device.type == "cpu" else _DEVICE_TOKENS)
-    batch = 1 if "fisher" in needs else max(1, token_budget // length)
-    features: dict[str, Moments | Covariance] = {}
+    wanted = {source: {f for f in families if ACCUMULATORS[f].source == source} for source in _WATCHES}
+    held: Accumulated = {}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
-        stack.enter_context(_watching(model, structure, needs, features))
-        gradients = stack.enter_context(_differentiating(model, structure, needs))
-        for part in torch.split(tokens.to(device), batch):
-            if gradients:
+        stack.enter_context(_reading(model))
+        for source, watch in _WATCHES.items():
+            if wanted[source]:
+                stack.enter_context(watch(model, structure, wanted[source], held))
+        if wanted["gradient"]:
+            stack.enter_context(_short_attention(model, tokens.shape[1]))
+        for part in torch.split(tokens.to(device), max(1, token_budget // tokens.shape[1])):
+            if wanted["gradient"]:
                 _backward(model, part)
             else:
                 with torch.no_grad():
                     model.base_model(input_ids=part, use_cache=False)  # type: ignore[operator]
-    tensors = _feature_tensors(features) | _gradient_tensors(model, structure, gradients, sequences, needs)
+    tensors: dict[str, Tensor] = {}
+    for family, place in list(held):
+        tensors |= statistics.tensors_of(family, place, held.pop((family, place)))
     _check_finite(tensors)
-    return Statistics(tokens=sequences * length, tensors=tensors)
+    return Statistics(tokens=tokens.numel(), tensors=tensors)
+
+
+def read(
+    merged: Statistics, needs: frozenset[str], structure: ModelStructure, weights: Mapping[str, Tensor], sequences: int
+) -> Statistics:
+    """Return the families in `needs` of a sample of `sequences` sequences, given those that they are read from."""
+    parts = {need: merged.only(need).tensors for need in needs - set(SUMS)}
+    tensors = {key: item for part in parts.values() for key, item in part.items()}
+    if derived := needs & set(SUMS):
+        for name, member in _members(structure, weights).items():
+            total = merged.value("gradient_sum", name).total
+            squares = merged.value("square_sum", name).squares if "fisher" in derived else None
+            weight = weights[name].detach().to(total.device)
+            for key, row in statistics.gradient_rows(total, squares, weight, member.dim, sequences).items():
+                family, _, kind = key.partition("/")
+                if family in derived:
+                    tensors[f"{family}/{name}/{kind}"] = row
+    return Statistics(tokens=merged.tokens, tensors=tensors)
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and the like off for a while."""
+def _reading(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and the like off for a while, and the gradients of all parameters."""
     modes = {module: module.training for module in model.modules()}
+    flags = [(p, p.requires_grad) for p in model.parameters()]
     model.eval()
     try:
+        model.requires_grad_(requires_grad=False)
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad = flag
 
 
 @contextlib.contextmanager
-def _watching(
-    model: nn.Module, structure: ModelStructure, needs: frozenset[str], features: dict[str, Moments | Covariance]
-) -> Iterator[None]:
-    """Merge what each output projection reads into `features`, by ``family/module``."""
-    kinds: dict[str, type[Moments] | type[Covariance]] = {"moments": Moments, "covariance": Covariance}
-    wanted = {name: kind for name, kind in kinds.items() if name in needs}
+def _short_attention(model: nn.Module, length: int) -> Iterator[None]:
+    """Use plain attention for a while where its backward is the faster one: short sequences on a CPU.
+
+    Its softmax is computed in float32, so that a float64 model stays with what it has.
+    """
+    causal: Any = model
+    before, first = causal.config._attn_implementation, next(model.parameters())
+    short = before == "sdpa" and length <= _EAGER_LENGTH and first.device.type == "cpu" and first.dtype.itemsize <= 4
+    try:
+        if short:
+            causal.set_attn_implementation("eager")
+        yield
+    finally:
+        if short:
+            causal.set_attn_implementation(before)
+
+
+def _extend(held: Accumulated, family: str, place: str, *inputs: Tensor) -> None:
+    seen = held.get((family, place))
+    held[family, place] = seen.extended(*inputs) if seen else ACCUMULATORS[family].of(*inputs)
+
+
+@contextlib.contextmanager
+def _features(model: nn.Module, structure: ModelStructure, families: set[str], held: Accumulated) -> Iterator[None]:
+    """Accumulate what each output projection reads, by its name."""
 
     def watch(module: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].detach().flatten(0, -2)
-            for name, kind in wanted.items():
-                seen = features.get(f"{name}/{module}")
-                new = kind.of(x)
-                features[f"{name}/{module}"] = seen.merge(new) if seen else new  # type: ignore[arg-type]
+            for family in families:
+                _extend(held, family, module, x)
 
         return hook
 
     with contextlib.ExitStack() as stack:
-        for output in dict.fromkeys(group.output for group in structure.groups if wanted):
+        for output in dict.fromkeys(group.output for group in structure.groups):
             handle = model.get_submodule(output).register_forward_pre_hook(watch(output))
             stack.callback(handle.remove)
         yield
 
 
-def _members(structure: ModelStructure, model: nn.Module) -> dict[str, Slice]:
+@contextlib.contextmanager
+def _stream(
+    model: nn.Module,
+    structure: ModelStructure,
+    families: set[str],
+    held: Accumulated,
+) -> Iterator[None]:
+    """Accumulate the residual stream before and after each decoder layer, its attention and its MLP, by module path.
+
+    Layers are those of every family so far: attention's output is added to what the layer read, the MLP's to that.
+    """
+
+    def watch(path: str) -> Iterator[Any]:
+        layer = model.get_submodule(path)
+        state: dict[str, Tensor] = {}
+
+        def entered(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            state["before"] = (args[0] if args else kwargs["hidden_states"]).detach()
+
+        def attended(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> None:
+            state["between"] = state["before"] + output[0].detach()
+
+        def left(_: nn.Module, __: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+            after = (output if isinstance(output, Tensor) else output[0]).detach()
+            before, between = state.pop("before"), state.pop("between")
+            places = {path: (before, after), f"{path}.self_attn": (before, between), f"{path}.mlp": (between, after)}
+            for place, pair in places.items():
+                for family in families:
+                    _extend(held, family, place, *(x.flatten(0, -2) for x in pair))
+
+        yield layer.register_forward_pre_hook(entered, with_kwargs=True)
+        yield layer.get_submodule("self_attn").register_forward_hook(attended)
+        yield layer.register_forward_hook(left)
+
+    with contextlib.ExitStack() as stack:
+        for path in dict.fromkeys(group.name.rpartition(".")[0] for group in structure.groups):
+            for handle in watch(path):
+                stack.callback(handle.remove)
+        yield
+
+
+def _members(structure: ModelStructure, weights: Mapping[str, Tensor]) -> dict[str, Slice]:
     """Return the cut matrices by parameter name; biases and norms carry no importance of their own."""
     slices = [s for group in structure.groups for s in group.slices]
-    return {s.parameter: s for s in slices if model.get_parameter(s.parameter).ndim == 2}
+    return {s.parameter: s for s in slices if weights[s.parameter].ndim == 2}
 
 
 @contextlib.contextmanager
-def _differentiating(
-    model: nn.Module, structure: ModelStructure, needs: frozenset[str]
-) -> Iterator[dict[str, GradientSum]]:
-    """Sum the gradients of the cut matrices while batches run backward; nothing else of the model has a gradient.
+def _gradients(model: nn.Module, structure: ModelStructure, families: set[str], held: Accumulated) -> Iterator[None]:
+    """Sum the gradients of the cut matrices while batches run backward.
 
-    A gradient is added to its float32 sum and dropped as soon as it is complete, so that one at a time is alive.
+    No parameter requires a gradient: that of a linear layer's weight is the product of what came in and the gradient
+    of what went out, taken here so that it is summed in float32, and sequence by sequence where squares are needed,
+    while the model itself sees whole batches. The token embeddings are made to start the backward pass.
     """
-    sums: dict[str, GradientSum] = {}
-    if not needs & {"gradient", "fisher"}:
-        yield sums
-        return
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
 
-    def keep(total: GradientSum) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            total.add(parameter.grad)
-            parameter.grad = None
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        zero = torch.zeros_like(model.get_parameter(name), dtype=torch.float32, requires_grad=False)
+        squares = torch.zeros_like(zero) if "square_sum" in families else None
+        sums: dict[str, Any] = {"gradient_sum": GradientSum(count=0, total=zero)}
+        if squares is not None:
+            sums["square_sum"] = SquareSum(count=0, squares=squares)
+        held.update({(family, name): sums[family] for family in families})
+
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x = inputs[0].detach()
+
+            def reached(gradient: Tensor) -> None:
+                if squares is None:
+                    zero.add_(products.product(gradient.flatten(0, 1), x.flatten(0, 1)))
+                else:
+                    products.add_products(zero, squares, gradient, x)
+
+            output.register_hook(reached)  # type: ignore[no-untyped-call]
 
         return hook
 
+    def start(_: nn.Module, __: Any, output: Tensor) -> None:
+        output.requires_grad_()
+
     with contextlib.ExitStack() as stack:
-        try:
-            for parameter, _, _ in before:
-                parameter.grad = None
-                parameter.requires_grad = False
-            for name in _members(structure, model):
-                parameter = model.get_parameter(name)
-                sums[name] = GradientSum.zeros(parameter, fisher="fisher" in needs)
-                parameter.requires_grad = True
-                handle = parameter.register_post_accumulate_grad_hook(keep(sums[name]))  # type: ignore[no-untyped-call]
-                stack.callback(handle.remove)
-            yield sums
-        finally:
-            for parameter, flag, gradient in before:
-                parameter.requires_grad = flag
-                parameter.grad = gradient
+        handle = model.get_input_embeddings().register_forward_hook(start)  # type: ignore[operator]
+        stack.callback(handle.remove)
+        for name in _members(structure, dict(model.named_parameters())):
+            module = model.get_submodule(name.removesuffix(".weight"))
+            assert isinstance(module, nn.Linear), f"{name} must be the weight of a linear layer"
+            stack.callback(module.register_forward_hook(watch(name)).remove)
+        yield
+
+
+_WATCHES: dict[str, Callable[..., contextlib.AbstractContextManager[None]]] = {
+    "features": _features,
+    "stream": _stream,
+    "gradient": _gradients,
+}
 
 
 def _backward(model: nn.Module, batch: Tensor) -> None:
     """Run the sum over the sequences of `batch` (B × T) of their mean next-token cross-entropy backward.
 
-    The head is run on some tokens at a time, since logits over the whole vocabulary would outweigh the model.
+    The head is run on some tokens at a time, since logits over the whole vocabulary would outweigh the model. With p
+    the softmax and t the one-hot target of a token, the gradient on its logits is p - t; the loss itself is not needed.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
+    room = _CPU_LOGITS if batch.device.type == "cpu" else _DEVICE_LOGITS
+    rows = max(1, room // (4 * head.out_features))
     with torch.enable_grad():
         hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state  # type: ignore[operator]
-        read = hidden[:, :-1].flatten(0, 1)
-        loss, gradients = 0.0, list[Tensor]()
-        inputs, labels = torch.split(read.detach(), _HEAD_ROWS), torch.split(batch[:, 1:].flatten(), _HEAD_ROWS)
-        for x, y in zip(inputs, labels, strict=True):
-            x.requires_grad = True
-            part = functional.cross_entropy(head(x).float(), y, reduction="sum") / (batch.shape[1] - 1)
-            gradients += torch.autograd.grad(part, x)
-            loss += float(part.detach())
-        if not math.isfinite(loss):
-            raise TrialError("nan", f"the calibration loss must be finite, got {loss}", "calibrate")
-        torch.autograd.backward(read, torch.cat(gradients))
-
-
-def _feature_tensors(features: dict[str, Moments | Covariance]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for place, held in features.items():
-        second = ("m2", held.m2) if isinstance(held, Moments) else ("gram", held.gram)
-        tensors |= {f"{place}/mean": held.mean.cpu(), f"{place}/{second[0]}": second[1].cpu()}
-    return tensors
-
-
-def _gradient_tensors(
-    model: nn.Module, structure: ModelStructure, sums: dict[str, GradientSum], sequences: int, needs: frozenset[str]
-) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, member in _members(structure, model).items() if sums else ():
-        with torch.no_grad():
-            rows = sums.pop(name).read(model.get_parameter(name), member.dim, sequences)
-        for kind, row in rows.items():
-            family, _, statistic = kind.partition("/")
-            if family in needs:
-                tensors[f"{family}/{name}/{statistic}"] = row.cpu()
-    return tensors
+        states = hidden[:, :-1].flatten(0, 1)
+    gradients = []
+    with torch.no_grad():
+        for x, y in zip(torch.split(states.detach(), rows), torch.split(batch[:, 1:].flatten(), rows), strict=True):
+            excess = head(x).softmax(-1, dtype=torch.float32 if x.dtype.itemsize < 4 else x.dtype)
+            excess[torch.arange(len(y), device=y.device), y] -= 1.0
+            gradients.append(excess.to(x.dtype) @ head.weight)
+    torch.autograd.backward(states, torch.cat(gradients) / (batch.shape[1] - 1))
 
 
 def _check_finite(tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        # The sum is one pass over a large tensor; only a sum that overflows needs the second, with its copy.
+        if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
             raise TrialError("nan", f"statistics must be finite, {name} is not", "calibrate")
-
-
-def cached(
-    folder: Path,
-    key: str,
-    needs: frozenset[str],
-    compute: Callable[[frozenset[str]], Statistics],
-    *,
-    max_bytes: int = 4 * 1024**3,
-) -> Statistics:
-    """Return the statistics in `needs`, from disk where they are, computed and stored where they are not.
-
-    There is one file per family, ``<key>.<family>.safetensors``, written beside its place and renamed, so any number of
-    processes may read, write and be killed at any time; a damaged file counts as absent. Files used longest ago go
-    when the folder outgrows `max_bytes`.
-
-    Args:
-        folder: made when it is missing; may be deleted at any time.
-        key: fingerprint of all that the statistics depend on (weights, structure, sample); letters, digits, ``._-``.
-        needs: families.
-        compute: given the families that are missing, returns them.
-        max_bytes: that the folder may hold.
-
-    Raises:
-        StorageError: the folder cannot be written.
-    """
-    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", key), f"no file name: {key!r}"
-    found = {need: _read(_place(folder, key, need)) for need in sorted(needs)}
-    missing = frozenset(need for need, part in found.items() if part is None)
-    parts = [part for part in found.values() if part is not None]
-    if missing:
-        fresh = compute(missing)
-        assert fresh.families == missing, f"computed {sorted(fresh.families)}, not {sorted(missing)}"
-        try:
-            for need in sorted(missing):
-                _write(fresh.only(need), _place(folder, key, need))
-            _shrink(folder, max_bytes)
-        except (OSError, SafetensorError) as error:
-            raise StorageError(f"the cache folder {folder} must be writable: {error}") from error
-        parts.append(fresh)
-    return statistics.union(parts)
-
-
-def _place(folder: Path, key: str, need: str) -> Path:
-    return folder / f"{key}.{need}.safetensors"
-
-
-def _read(path: Path) -> Statistics | None:
-    try:
-        found = statistics.load(path)
-    except DataError:
-        return None
-    with contextlib.suppress(OSError):  # evicted by another process since; what was read stays mapped
-        os.utime(path)
-    return found
-
-
-def _write(part: Statistics, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        statistics.save(part, draft)
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def _shrink(folder: Path, max_bytes: int) -> None:
-    """Delete what killed writers left behind, then the files used longest ago until the folder holds `max_bytes`."""
-    files: list[tuple[float, int, Path]] = []
-    ours = tuple(f".{family}.safetensors" for family in FAMILIES)
-    for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another process shrinks the folder too
-            state = path.stat()
-            if path.suffix == ".part" and time.time() - state.st_mtime > _ABANDONED_SECONDS:
-                path.unlink()
-            elif path.name.endswith(ours):
-                files.append((state.st_mtime, state.st_size, path))
-    total = sum(size for _, size, _ in files)
-    for _, size, path in sorted(files):
-        if total <= max_bytes:
-            break
-        path.unlink(missing_ok=True)
-        total -= size

@@ -4,20 +4,27 @@ Families of statistics (the strings that criteria, allocators and compensators n
 
 - ``moments``: mean and variance of every input feature of each group's output projection, over tokens.
 - ``covariance``: the uncentred Gram matrix X^T X of the same features.
+- ``cosine``: mean over tokens of the cosine between the residual stream before and after each layer and sublayer.
 - ``gradient``: W * dL/dW of each member matrix, summed per row of its cut dimension, with and without absolute value.
 - ``fisher``: the same with the diagonal empirical Fisher information F, the mean over sequences of squared gradients.
 
 L is the mean over sequences of the mean next-token cross-entropy: no statistic depends on how sequences are batched.
-Shape letters: T tokens, F features of an output projection, R rows of a parameter along its cut dimension.
+A family of `ACCUMULATORS` merges over samples. ``gradient`` and ``fisher`` do not, since they hold absolute values of
+sums: they are read from the families of `SUMS`, which do. A new family is one accumulator class and one line there.
+
+Shape letters: T tokens, F features of an output projection, D hidden size, R rows of a parameter along its cut
+dimension.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,8 +32,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adasearch.errors import DataError
+from adasearch.pruning import products
 
-FAMILIES = frozenset({"moments", "covariance", "gradient", "fisher"})
+Source = Literal["features", "stream", "gradient"]
+"""What an accumulator is fed with: inputs of output projections (`of`), the residual stream before and after a place
+(`of`), or gradients of member matrices (built by `calibration`)."""
+
+
+def _batch_mean(x: Tensor) -> Tensor:
+    """Return the mean over rows (F, float64), summed in float32 for half precision, in float64 for wider types."""
+    return x.mean(0, dtype=torch.float32 if x.dtype.itemsize < 4 else torch.float64).double()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -36,16 +51,25 @@ class Moments:
     Deviations are kept instead of raw squares because the variance of a feature with a large mean would cancel.
     """
 
+    source: ClassVar[Source] = "features"
     count: int
     mean: Tensor
     m2: Tensor
 
     @staticmethod
     def of(x: Tensor) -> Moments:
-        """Return the moments of the rows of `x` (T × F, any float type)."""
-        exact = x.double()
-        mean = exact.mean(0)
-        return Moments(count=x.shape[0], mean=mean, m2=(exact - mean).square().sum(0))
+        """Return the moments of the rows of `x` (T × F, any float type).
+
+        Within one call half precision is summed in float32 (relative error of about 1e-6), wider types in float64.
+        """
+        wide = x.float() if x.dtype.itemsize < 4 else x.double()
+        mean = wide.mean(0)
+        deviations = wide - mean if wide is x else wide.sub_(mean)
+        return Moments(count=x.shape[0], mean=mean.double(), m2=deviations.square_().sum(0).double())
+
+    def extended(self, x: Tensor) -> Moments:
+        """Return the moments of this sample and the rows of `x`."""
+        return self.merge(Moments.of(x))
 
     def merge(self, other: Moments) -> Moments:
         """Return the moments of both samples together (Chan, Golub, LeVeque 1979)."""
@@ -68,12 +92,13 @@ class Moments:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Covariance:
-    """Gram matrix X^T X (F × F) and mean (F) over `count` tokens.
+    """Gram matrix X^T X and mean (F) over `count` tokens; `gram` is packed, float32 (`products.packed_gram`).
 
-    The Gram matrix is float32: at F = 1536 and 30 layers float64 would take 0.6 GB. Its relative error is about
-    1e-7 * sqrt(T), far below the damping (0.01 of the mean diagonal) with which it is inverted.
+    In float64 it would take 0.6 GB at F = 1536 and 30 layers. Its relative error is about 1e-7 * sqrt(T), far below
+    the damping (0.01 of the mean diagonal) with which it is inverted.
     """
 
+    source: ClassVar[Source] = "features"
     count: int
     mean: Tensor
     gram: Tensor
@@ -81,8 +106,14 @@ class Covariance:
     @staticmethod
     def of(x: Tensor) -> Covariance:
         """Return the covariance of the rows of `x` (T × F, any float type)."""
-        single = x.float()
-        return Covariance(count=x.shape[0], mean=x.double().mean(0), gram=single.T @ single)
+        return Covariance(count=x.shape[0], mean=_batch_mean(x), gram=products.packed_gram(x))
+
+    def extended(self, x: Tensor) -> Covariance:
+        """Return the covariance of this sample and the rows of `x`; the Gram matrix is this one, changed in place."""
+        products.add_gram(self.gram, x)
+        count = self.count + x.shape[0]
+        mean = self.mean + (_batch_mean(x) - self.mean) * (x.shape[0] / count)
+        return Covariance(count=count, mean=mean, gram=self.gram)
 
     def merge(self, other: Covariance) -> Covariance:
         """Return the covariance of both samples together."""
@@ -92,7 +123,7 @@ class Covariance:
 
     def matrix(self, *, centred: bool = False) -> Tensor:
         """Return E[x x^T] (F × F, float64), or the covariance E[x x^T] - mean mean^T when `centred`."""
-        second = self.gram.double() / self.count
+        second = products.unpacked_gram(self.gram, len(self.mean)).div_(self.count)
         return second - torch.outer(self.mean, self.mean) if centred else second
 
 
@@ -107,50 +138,112 @@ def damped(matrix: Tensor, damping: float) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class GradientSum:
-    """Sum over sequences of one parameter's gradient, and of its square when the Fisher information is asked for.
+class Cosine:
+    """Mean over `count` tokens (a scalar, float64) of the cosine between two states of the residual stream.
 
-    The tensors have the parameter's shape, float32. `add` changes them in place: they are the largest thing held.
+    One minus it is the block influence of ShortGPT (arXiv 2403.03853, equation 1).
     """
 
-    total: Tensor
-    squares: Tensor | None
+    source: ClassVar[Source] = "stream"
+    count: int
+    mean: Tensor
 
     @staticmethod
-    def zeros(parameter: Tensor, *, fisher: bool) -> GradientSum:
-        """Return the sum over no sequence, for a parameter of this shape."""
-        zero = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
-        return GradientSum(total=zero, squares=torch.zeros_like(zero) if fisher else None)
+    def of(before: Tensor, after: Tensor) -> Cosine:
+        """Return the mean cosine between the rows of `before` and `after` (T × D, any float type), in float32."""
+        a, b = before.float(), after.float()
+        squares = torch.linalg.vecdot(a, a) * torch.linalg.vecdot(b, b)
+        # A state of zeros has no direction; the smallest float makes its cosine 0.
+        cosines = torch.linalg.vecdot(a, b) / squares.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        return Cosine(count=before.shape[0], mean=cosines.double().mean())
 
-    def add(self, gradient: Tensor) -> None:
-        """Add the gradient of one batch; of exactly one sequence where squares are kept."""
-        single = gradient.float()
-        self.total.add_(single)
-        if self.squares is not None:
-            self.squares.addcmul_(single, single)
+    def extended(self, before: Tensor, after: Tensor) -> Cosine:
+        """Return the mean over this sample and the rows of `before` and `after`."""
+        return self.merge(Cosine.of(before, after))
+
+    def merge(self, other: Cosine) -> Cosine:
+        """Return the mean over both samples."""
+        count = self.count + other.count
+        return Cosine(count=count, mean=self.mean + (other.mean - self.mean) * (other.count / count))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GradientSum:
+    """Sum over sequences of one parameter's gradient (its shape, float32); `count` is the number of tokens."""
+
+    source: ClassVar[Source] = "gradient"
+    count: int
+    total: Tensor
 
     def merge(self, other: GradientSum) -> GradientSum:
         """Return the sum over both samples."""
-        both = self.squares is not None and other.squares is not None
-        return GradientSum(
-            total=self.total + other.total,
-            squares=self.squares + other.squares if both else None,  # type: ignore[operator]
-        )
+        return GradientSum(count=self.count + other.count, total=self.total + other.total)
 
-    def read(self, weight: Tensor, dim: int, sequences: int) -> dict[str, Tensor]:
-        """Return sums over each row of `weight` along `dim` (R, float64), by name.
 
-        With g the gradient of the mean loss and F the mean squared gradient: ``gradient/elem1`` = sum |W g|,
-        ``gradient/signed`` = sum W g, ``fisher/elem2`` = sum W^2 F, ``fisher/mix`` = sum |W g - W^2 F / 2| and
-        ``fisher/signed`` = sum W g (LLM-Pruner, arXiv 2305.11627, equations 3 to 5).
-        """
-        w = weight.float()
-        first = w * (self.total / sequences)
-        rows = {"gradient/elem1": first.abs(), "gradient/signed": first}
-        if self.squares is not None:
-            second = w.square() * (self.squares / sequences)
-            rows |= {"fisher/elem2": second, "fisher/mix": (first - second / 2).abs(), "fisher/signed": first}
-        return {name: item.sum(1 - dim, dtype=torch.float64) for name, item in rows.items()}
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SquareSum:
+    """Sum over sequences of the square of one parameter's gradient (its shape, float32)."""
+
+    source: ClassVar[Source] = "gradient"
+    count: int
+    squares: Tensor
+
+    def merge(self, other: SquareSum) -> SquareSum:
+        """Return the sum over both samples."""
+        return SquareSum(count=self.count + other.count, squares=self.squares + other.squares)
+
+
+def gradient_rows(total: Tensor, squares: Tensor | None, weight: Tensor, dim: int, sequences: int) -> dict[str, Tensor]:
+    """Return sums over each row of `weight` along `dim` (R, float64), by ``family/name``.
+
+    With g the gradient of the mean loss and F the mean squared gradient: ``gradient/elem1`` = sum |W g|,
+    ``gradient/signed`` = sum W g, ``fisher/elem2`` = sum W^2 F, ``fisher/mix`` = sum |W g - W^2 F / 2| and
+    ``fisher/signed`` = sum W g (LLM-Pruner, arXiv 2305.11627, equations 3 to 5).
+
+    Args:
+        total: sum over sequences of the gradient, in the shape of `weight`.
+        squares: sum of its square; None leaves ``fisher`` out.
+        weight: the parameter, a matrix.
+        dim: 0 or 1.
+        sequences: number of them.
+    """
+    w = weight.float()
+    first = w * total / sequences
+    rows = {"gradient/elem1": first.abs(), "gradient/signed": first}
+    if squares is not None:
+        second = w.square() * squares / sequences
+        rows |= {"fisher/elem2": second, "fisher/mix": (first - second / 2).abs(), "fisher/signed": first}
+    return {name: item.sum(1 - dim, dtype=torch.float64) for name, item in rows.items()}
+
+
+ACCUMULATORS: dict[str, Any] = {
+    "moments": Moments,
+    "covariance": Covariance,
+    "cosine": Cosine,
+    "gradient_sum": GradientSum,
+    "square_sum": SquareSum,
+}
+"""Class of each family that merges; its fields other than `count` are the tensors kept for one place."""
+
+SUMS: dict[str, frozenset[str]] = {
+    "gradient": frozenset({"gradient_sum"}),
+    "fisher": frozenset({"gradient_sum", "square_sum"}),
+}
+"""Families that are read from others, and from which; these are large (the size of the weights in float32)."""
+
+FAMILIES = frozenset({*ACCUMULATORS, *SUMS} - frozenset().union(*SUMS.values()))
+"""What criteria, allocators and compensators may need."""
+
+
+def merged_from(family: str) -> frozenset[str]:
+    """Return the families that merge and that `family` follows from: itself, or those of `SUMS`."""
+    return SUMS.get(family, frozenset({family}))
+
+
+def tensors_of(family: str, place: str, value: Any) -> dict[str, Tensor]:
+    """Return what an accumulator holds for one place under the keys of `Statistics`, on the CPU."""
+    names = (f.name for f in dataclasses.fields(value) if f.name != "count")
+    return {f"{family}/{place}/{name}": getattr(value, name).cpu() for name in names}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -159,7 +252,8 @@ class Statistics:
 
     Args:
         tokens: number of tokens that the moments and Gram matrices were taken over.
-        tensors: ``family/place/name`` -> tensor, where place is a module (moments, covariance) or a parameter.
+        tensors: ``family/place/name`` -> tensor, where place is a module (a layer or sublayer for the cosine, an
+            output projection for moments and covariance) or a parameter.
     """
 
     tokens: int
@@ -170,19 +264,28 @@ class Statistics:
         """Return the families that are held."""
         return frozenset(key.split("/", 1)[0] for key in self.tensors)
 
+    def value(self, family: str, place: str) -> Any:
+        """Return the accumulator of a family of `ACCUMULATORS` at one place."""
+        made = ACCUMULATORS[family]
+        names = [f.name for f in dataclasses.fields(made) if f.name != "count"]
+        return made(count=self.tokens, **{name: self.tensors[f"{family}/{place}/{name}"] for name in names})
+
     def moments(self, module: str) -> Moments:
         """Return the moments of the input features of `module`."""
-        parts = self.tensors
-        return Moments(count=self.tokens, mean=parts[f"moments/{module}/mean"], m2=parts[f"moments/{module}/m2"])
+        found: Moments = self.value("moments", module)
+        return found
 
     def covariance(self, module: str) -> Covariance:
         """Return the covariance of the input features of `module`."""
-        parts = self.tensors
-        mean, gram = parts[f"covariance/{module}/mean"], parts[f"covariance/{module}/gram"]
-        return Covariance(count=self.tokens, mean=mean, gram=gram)
+        found: Covariance = self.value("covariance", module)
+        return found
+
+    def cosine(self, place: str) -> float:
+        """Return the mean cosine between the residual stream before and after a layer or sublayer (module path)."""
+        return float(self.value("cosine", place).mean)
 
     def rows(self, family: str, parameter: str, name: str) -> Tensor:
-        """Return a sum over each row (R) of `parameter`; `family` and `name` as in `GradientSum.read`."""
+        """Return a sum over each row (R) of `parameter`; `family` and `name` as in `gradient_rows`."""
         return self.tensors[f"{family}/{parameter}/{name}"]
 
     def only(self, family: str) -> Statistics:
@@ -192,20 +295,16 @@ class Statistics:
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:
-    """Return the statistics of two samples together.
+    """Return the statistics of two samples together: of families of `ACCUMULATORS`, the same in both.
 
-    Only moments and covariance merge: the sums of |W g| of two samples do not follow from those of each (use
-    `GradientSum.merge` before they are read).
+    The rows of ``gradient`` and ``fisher`` do not merge, as sums of |W g| of two samples do not follow from those of
+    each; the families that they are read from do.
     """
-    assert a.families == b.families <= {"moments", "covariance"}, f"cannot merge {a.families} with {b.families}"
+    assert a.families == b.families <= set(ACCUMULATORS), f"cannot merge {a.families} with {b.families}"
     tensors: dict[str, Tensor] = {}
-    for family, module in dict.fromkeys(tuple(key.split("/")[:2]) for key in a.tensors):
-        if family == "moments":
-            moments = a.moments(module).merge(b.moments(module))
-            tensors |= {f"moments/{module}/mean": moments.mean, f"moments/{module}/m2": moments.m2}
-        else:
-            both = a.covariance(module).merge(b.covariance(module))
-            tensors |= {f"covariance/{module}/mean": both.mean, f"covariance/{module}/gram": both.gram}
+    for family, place in dict.fromkeys(tuple(key.split("/")[:2]) for key in a.tensors):
+        both = a.value(family, place).merge(b.value(family, place))
+        tensors |= tensors_of(family, place, both)
     return Statistics(tokens=a.tokens + b.tokens, tensors=tensors)
 
 
@@ -221,19 +320,23 @@ def union(parts: Iterable[Statistics]) -> Statistics:
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
     value = 0
     for name in sorted(tensors):
-        content = tensors[name].contiguous().view(torch.uint8).numpy()
+        content = tensors[name].contiguous().view(-1).view(torch.uint8).numpy()
         value = zlib.crc32(content, zlib.crc32(name.encode(), value))  # type: ignore[arg-type] # numpy has buffers
     return f"{value:08x}"
 
 
 def save(statistics: Statistics, path: Path) -> None:
-    """Write `statistics` to the safetensors file `path` (not atomically: see `calibration.cached`)."""
+    """Write `statistics` to the safetensors file `path` (not atomically: see `statistics_cache`)."""
     tensors = {name: item.contiguous() for name, item in statistics.tensors.items()}
     save_file(tensors, path, metadata={"tokens": str(statistics.tokens), "crc32": _checksum(tensors)})
 
 
-def load(path: Path) -> Statistics:
-    """Return the statistics that `save` wrote.
+def load(path: Path, *, verify: bool = True) -> Statistics:
+    """Return the statistics that `save` wrote, mapped into memory.
+
+    Args:
+        path: the file.
+        verify: whether to read all of it (about 3 GB a second) and compare its checksum.
 
     Raises:
         DataError: the file is missing, cut short or damaged.
@@ -244,6 +347,6 @@ def load(path: Path) -> Statistics:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path}: must be a whole statistics file: {error}") from error
-    if metadata.get("crc32") != _checksum(tensors) or not metadata.get("tokens", "").isdigit():
+    if not metadata.get("tokens", "").isdigit() or (verify and metadata.get("crc32") != _checksum(tensors)):
         raise DataError(f"{path}: must be a whole statistics file: its checksum is not the one it was written with")
     return Statistics(tokens=int(metadata["tokens"]), tensors=tensors)

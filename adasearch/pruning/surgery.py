@@ -94,7 +94,13 @@ def _new_biases(structure: ModelStructure, plan: PruningPlan, like: Tensor) -> d
     return {f"{name}.bias": like.new_zeros(size) for name, size in structure.added(plan.biases).items()}
 
 
-def cut(config: Any, weights: Mapping[str, Tensor], structure: ModelStructure, plan: PruningPlan) -> nn.Module:
+def cut(
+    config: Any,
+    weights: Mapping[str, Tensor],
+    structure: ModelStructure,
+    plan: PruningPlan,
+    whole: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
     """Return the cut model: copies of what stays, added biases zero, in the format and on the device of `weights`.
 
     Args:
@@ -102,6 +108,8 @@ def cut(config: Any, weights: Mapping[str, Tensor], structure: ModelStructure, p
         weights: parameters of the dense model by name, tied ones once; never written to.
         structure: what can be cut, with the units of the plan.
         plan: what stays.
+        whole: equal weights that the model may have for its own, for parameters that stay as they are (see
+            `models.own_weights`); None copies them.
 
     Raises:
         ModelError: the plan or the weights do not fit the structure.
@@ -114,7 +122,7 @@ def cut(config: Any, weights: Mapping[str, Tensor], structure: ModelStructure, p
             piece, keep = slices[name]
             pieces[name] = weight.detach().index_select(piece.dim, _elements(keep, piece.block).to(weight.device))
         else:
-            pieces[name] = weight.detach().clone()
+            pieces[name] = weight.detach().clone() if whole is None else whole[name]
     like = next(iter(weights.values()))
     return models.assemble(model, pieces | _new_biases(structure, plan, like))
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from adasearch.config import StudyConfig, TrialConfig, TrialResult, merged
 from adasearch.documents import value
 from adasearch.errors import NoTrialError
+from adasearch.racing import in_control
 from adasearch.records import DENSE, Record, read_records, trial_folder
 from adasearch.search.executor import Executor, Outcome
 from adasearch.search.lease import hold
@@ -57,7 +58,8 @@ class Assignment:
         recipe: name of the recipe that the trial is, if any.
         config: ``TrialConfig.to_dict()``, None for the dense model.
         folder: absolute folder of this attempt; the worker writes its record there before it returns.
-        incumbent: folder of the trial to race against, None to score every item.
+        incumbent: folder of the trial to race against, None where there is no race.
+        control: score every item, whatever the race says.
     """
 
     number: int
@@ -66,6 +68,7 @@ class Assignment:
     config: dict[str, Any] | None
     folder: str
     incumbent: str | None
+    control: bool = False
 
 
 @value
@@ -313,6 +316,7 @@ class _Search:
                 config=config,
                 folder=str(folder),
                 incumbent=self._incumbent(number),
+                control=in_control(self._study.racing.control, self._study.seed, number),
             )
             self._executor.submit(folder.name, task, seconds=self._study.limits.trial_seconds)
             self._queue.remove(number)

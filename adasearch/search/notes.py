@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from adasearch.config import StudyConfig, TaskScore, TrialResult
+from adasearch.racing import Rung
 from adasearch.records import Record
 
 _ESCAPED = str.maketrans({c: f"\\{c}" for c in "\\`*_{}[]<>|#$"})
@@ -39,6 +40,12 @@ def _pairs(title: str, pairs: dict[str, str]) -> list[str]:
     return ["", f"| {title} | |", "|---|---|", *rows]
 
 
+def _rung(rung: Rung) -> str:
+    """Return what was known at a rung, and where the trial stood against its rival."""
+    race = "" if rung.bound is None else f"; {rung.gap:+.4f} to the rival, at most {rung.bound:+.4f} with confidence"
+    return _cell(rung.value, rung.stderr) + race
+
+
 def trial_note(record: Record, dense: TrialResult | None) -> str:
     """Return what a trial is and what came of it, beside the dense model where that is known."""
     lines = [f"Recipe **{escaped(record.recipe)}**" if record.recipe else "Proposed by the sampler", ""]
@@ -53,6 +60,8 @@ def trial_note(record: Record, dense: TrialResult | None) -> str:
         facts = {"parameters": f"{result.parameters:,}", "peak memory, MiB": f"{result.peak_bytes / 2**20:.0f}"}
         facts |= {key: str(item) for key, item in result.notes.items()}
         lines += _pairs("fact", facts)
+        if result.rungs:
+            lines += _pairs("rung", {rung.label: _rung(rung) for rung in result.rungs})
         lines += _pairs("seconds", {key: f"{item:.1f}" for key, item in result.seconds.items()})
     return "\n".join(lines)
 

@@ -50,7 +50,9 @@ class Recipe:
 
 def num_workers(config: StudyConfig) -> int:
     """Return how many trials the study runs at the same time."""
-    return 1 if config.cluster.address == "in_process" else config.cluster.workers
+    workers = 1 if config.cluster.address == "in_process" else config.cluster.workers
+    assert workers != "auto", "the number of workers is decided before the search"
+    return workers
 
 
 def lag(workers: int) -> int:

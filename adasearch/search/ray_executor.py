@@ -33,6 +33,7 @@ from ray import cloudpickle
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from adasearch.errors import AdaSearchError, ConfigError, NoTrialError
+from adasearch.placement import Machine
 from adasearch.records import Failure
 from adasearch.search.executor import Outcome, Worker, WorkerFactory, classify, printable
 
@@ -260,15 +261,10 @@ class RayExecutor:
         return outcomes
 
 
-# The C library keeps freed blocks of up to 32 MiB, which is what covariances and logits are made of: two workers then
-# hold gigabytes that neither uses. Blocks of 8 MiB and more go back at once; smaller ones are worth keeping.
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_ARENA_MAX": "2"}
-
-
 def _environment(threads: int, gpus: float) -> dict[str, str]:
     """Return what a worker's libraries are to find in their environment before they are imported."""
     counts = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    environment = {name: str(threads) for name in counts} | {"TOKENIZERS_PARALLELISM": "false"} | _ALLOCATOR
+    environment = {name: str(threads) for name in counts} | {"TOKENIZERS_PARALLELISM": "false"}
     if gpus == 0:
         environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all devices visible to who asked for none
     return environment | {name: os.environ[name] for name in _HANDED_ON if name in os.environ}
@@ -335,6 +331,20 @@ def _own_signals() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
+
+
+def machines(address: str) -> tuple[Machine, ...]:
+    """Return what the machines of a running Ray cluster offer; Ray does not tell how large their GPUs are.
+
+    Raises:
+        ConfigError: no Ray at `address`.
+    """
+    with _connect(address, 1, 0.0):
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        offers = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    return tuple(
+        Machine(cores=int(o["CPU"]), memory=int(o.get("memory", 0)), gpus=(0,) * int(o.get("GPU", 0))) for o in offers
+    )
 
 
 def _check_gpus(workers: int, gpus: float) -> None:

@@ -176,6 +176,7 @@ class SearchStudy:
                 trial.set_user_attr(key, item)
             save_note(trial, trial_note(record, dense))
             self._upload(frozen, trial_folder(self._run, record.number, record.attempt))
+            self._report_rungs(trial, record)
             score = record.result.score if record.result else None
             state = TrialState.FAIL if score is None else TrialState.COMPLETE
             self._study.tell(record.number, score, state=state, skip_if_finished=True)
@@ -209,6 +210,14 @@ class SearchStudy:
         # the only way to a live handle of a trial that another process asked for
         return optuna.Trial(self._study, frozen._trial_id)
 
+    @staticmethod
+    def _report_rungs(trial: optuna.Trial, record: Record) -> None:
+        """Tell the rungs as intermediate values, higher is better: a divergence is told with the other sign."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a driver that was killed while telling has told some of them
+            for rung in record.result.rungs if record.result else ():
+                trial.report(rung.merit, rung.step)
+
     def _upload(self, frozen: optuna.trial.FrozenTrial, folder: Path) -> None:
         storage = self._study._storage
         there = {
@@ -229,7 +238,9 @@ def _attributes(record: Record) -> dict[str, Any]:
         assert record.failure is not None
         return {"state": "failed", "attempt": record.attempt, "failure": plain(record.failure)}
     result = record.result
+    early: dict[str, Any] = {rung.kind: rung.value for rung in result.rungs if rung.kind != "recovered"}
     return {
+        **early,
         STDERR: result.stderr,
         "state": "stopped" if result.stopped else "done",
         "attempt": record.attempt,

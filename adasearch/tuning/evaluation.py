@@ -14,6 +14,7 @@ import torch
 
 from adasearch.config import TaskScore
 from adasearch.errors import DataError, TrialError
+from adasearch.tuning.decoder import last_hidden
 from adasearch.tuning.items import Item
 from adasearch.tuning.scoring import target_logprobs
 
@@ -124,9 +125,9 @@ def perplexity(model: Any, tokens: torch.Tensor, window: int, token_budget: int 
     step = max(1, budget // window)
     for begin in range(0, count, step):
         batch = windows[begin : begin + step].to(device)
-        states = model.model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+        states = last_hidden(model, batch)[:, :-1].flatten(0, 1)
         lines = torch.arange(len(states), device=device)
-        values, _ = target_logprobs(model.lm_head, states, lines, batch[:, 1:].flatten())
+        values = target_logprobs(model.lm_head, states, lines, batch[:, 1:].flatten())
         total -= float(values.double().sum())
     if not math.isfinite(total):
         raise TrialError("nan", f"the log-likelihood of {count} windows of {window} tokens is not finite", "evaluate")

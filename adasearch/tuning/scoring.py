@@ -18,6 +18,8 @@ import numpy as np
 import torch
 
 from adasearch.errors import DataError, TrialError
+from adasearch.tuning import decoder
+from adasearch.tuning.head import HeadRows
 from adasearch.tuning.items import Item
 
 if TYPE_CHECKING:
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
 _DEFAULT_LENGTH = 2048  # of a model that states none, as lm-eval has it
 _UNSET_LENGTH = 10**18  # what tokenizers say who know no length
-_MAX_LOGITS = 2**24  # elements of float32 logits held at a time: 64 MiB
 _CPU_TOKENS, _DEVICE_TOKENS = 2_048, 32_768
 
 
@@ -51,10 +52,9 @@ class EncodedItem:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ItemScores:
-    """For each item the log-likelihood of every choice (float64 vector) and whether greedy decoding gives it (bool)."""
+    """For each item the log-likelihood of every choice (float64 vector)."""
 
     logliks: tuple[np.ndarray, ...]
-    greedy: tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -214,7 +214,7 @@ def _padded(columns: Sequence[np.ndarray], fill: int) -> torch.Tensor:
 
 
 def _mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return what is added to attention scores, `B x 1 x T x T`: 0 where a token sees another, -inf elsewhere.
+    """Return what is added to attention scores, `B x T x T`: 0 where a token sees another, -inf elsewhere.
 
     Padding (segment -1) sees the shared tokens and itself, so that no line of the softmax is empty.
     """
@@ -222,31 +222,27 @@ def _mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
     seen = causal & ((key == 0) | (key == query))
     hidden = torch.full((), -math.inf, dtype=dtype, device=segments.device)
-    return torch.where(seen, torch.zeros((), dtype=dtype, device=segments.device), hidden)[:, None]
+    return torch.where(seen, torch.zeros((), dtype=dtype, device=segments.device), hidden)
 
 
 def _hidden(model: Any, rows: Sequence[_Row]) -> torch.Tensor:
     """Return the last hidden states of a batch, `B x T x D`."""
     device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
-    extra = {}
+    mask = positions = None
     if rows[0].branched:
-        segments = _padded([row.segments for row in rows], -1).to(device)
-        extra = {
-            "attention_mask": _mask(segments, dtype),
-            "position_ids": _padded([row.positions for row in rows], 0).to(device),
-        }
+        mask = _mask(_padded([row.segments for row in rows], -1).to(device), dtype)
+        positions = _padded([row.positions for row in rows], 0).to(device)
     tokens = _padded([row.tokens for row in rows], 0).to(device)
-    states: torch.Tensor = model.model(input_ids=tokens, use_cache=False, **extra).last_hidden_state
-    return states
+    return decoder.last_hidden(model, tokens, mask, positions)
 
 
 def target_logprobs(
     head: torch.nn.Linear, states: torch.Tensor, lines: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the log-probability of tokens (float32 vector) and whether each is the likeliest (bool vector).
+) -> torch.Tensor:
+    """Return the log-probability of tokens (float32 vector).
 
-    The logits are made in pieces of at most `_MAX_LOGITS` elements, their softmax in float32. It is torch's
-    `log_softmax` because lm-eval's is: over a large vocabulary its rounding differs from `logsumexp`'s by 1e-5 a token.
+    The softmax is taken in float32. It is torch's `log_softmax` because lm-eval's is: over a large vocabulary its
+    rounding differs from `logsumexp`'s by 1e-5 a token.
 
     Args:
         head: the model's output projection, D to V.
@@ -254,19 +250,19 @@ def target_logprobs(
         lines: for each token the line of `states` that predicts it, ascending.
         targets: the tokens.
     """
-    step = max(1, _MAX_LOGITS // head.weight.shape[0])
-    values, best = [], []
-    for begin in range(0, len(states), step):
-        logprobs = head(states[begin : begin + step]).float().log_softmax(-1)
-        low, high = torch.searchsorted(lines, torch.tensor([begin, begin + step], device=lines.device)).tolist()
-        line, target = lines[low:high] - begin, targets[low:high]
-        values.append(logprobs[line, target])
-        best.append(logprobs.argmax(-1)[line] == target)
-    return torch.cat(values), torch.cat(best)
+    room = HeadRows(head.weight, head.bias, len(states))
+    values = []
+    for rows, logits in room.chunks(states):
+        for piece, wide, spare in room.pieces(logits):
+            logprobs = torch.log_softmax(wide, -1, out=spare)
+            begin, end = rows.start + piece.start, rows.start + piece.stop
+            low, high = torch.searchsorted(lines, torch.tensor([begin, end], device=lines.device)).tolist()
+            values.append(logprobs[lines[low:high] - begin, targets[low:high]])
+    return torch.cat(values)
 
 
-def _score_batch(model: Any, rows: Sequence[_Row], sums: np.ndarray, greedy: np.ndarray) -> None:
-    """Add the log-likelihoods of a batch to `sums` and clear `greedy` where a scored token is not the likeliest."""
+def _score_batch(model: Any, rows: Sequence[_Row], sums: np.ndarray) -> None:
+    """Add the log-likelihoods of a batch to `sums`."""
     states = _hidden(model, rows)
     flat = np.concatenate([index * states.shape[1] + row.sources for index, row in enumerate(rows)])
     order = np.argsort(flat, kind="stable")
@@ -276,16 +272,19 @@ def _score_batch(model: Any, rows: Sequence[_Row], sums: np.ndarray, greedy: np.
     device = states.device
     chosen = states.reshape(-1, states.shape[-1])[torch.from_numpy(unique).to(device)]
     lines_on, targets_on = torch.from_numpy(lines).to(device), torch.from_numpy(targets).to(device)
-    values, best = target_logprobs(model.lm_head, chosen, lines_on, targets_on)
+    values = target_logprobs(model.lm_head, chosen, lines_on, targets_on)
     np.add.at(sums, slots, values.double().cpu().numpy())
-    np.logical_and.at(greedy, slots, best.cpu().numpy())
+
+
+def _longest(encoded: Sequence[EncodedItem]) -> int:
+    """Return the length of the longest sequence of a choice."""
+    return max((len(e.prefix) + max(map(len, e.branches)) for e in encoded), default=0)
 
 
 def takes_packed(model: Any, encoded: Sequence[EncodedItem]) -> bool:
     """Return whether a model accepts rows with our mask: not flash attention, nor windows shorter than a row."""
     window = getattr(model.config, "sliding_window", None)
-    longest = max((len(e.prefix) + max(map(len, e.branches)) for e in encoded), default=0)
-    return model.config._attn_implementation in {"sdpa", "eager"} and (window is None or longest <= window)
+    return model.config._attn_implementation in {"sdpa", "eager"} and (window is None or _longest(encoded) <= window)
 
 
 @torch.inference_mode()
@@ -306,16 +305,13 @@ def score(
     packed = takes_packed(model, encoded) if packed is None else packed
     budget = token_budget or (_CPU_TOKENS if model.lm_head.weight.device.type == "cpu" else _DEVICE_TOKENS)
     ends = np.cumsum([0, *(len(item.branches) for item in encoded)])
-    sums, greedy = np.zeros(ends[-1]), np.ones(ends[-1], dtype=bool)
+    sums = np.zeros(ends[-1])
     for batch in _batches(_rows(encoded, packed=packed), budget):
-        _score_batch(model, batch, sums, greedy)
+        _score_batch(model, batch, sums)
     if not np.isfinite(sums).all():
         wrong = int((~np.isfinite(sums)).sum())
         raise TrialError("nan", f"{wrong} of {len(sums)} log-likelihoods are not finite", "evaluate")
-    spans = list(itertools.pairwise(ends))
-    return ItemScores(
-        logliks=tuple(sums[low:high] for low, high in spans), greedy=tuple(greedy[low:high] for low, high in spans)
-    )
+    return ItemScores(logliks=tuple(sums[low:high] for low, high in itertools.pairwise(ends)))
 
 
 def path_difference(model: Any, encoded: Sequence[EncodedItem], count: int = 8) -> float:

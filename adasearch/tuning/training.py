@@ -1,8 +1,9 @@
 """The training loop that every recovery shares: next-token loss in chunks, float32 masters, AdamW, cosine schedule.
 
-Two things dominate the cost of a short fine-tune on small models and are dealt with here. The logits over the
-vocabulary are never held as a whole: loss and gradient of the output head are computed chunk by chunk. And the weights
-stay in the dtype of the model (bfloat16 runs on matrix units) while AdamW works on float32 masters of what is trained.
+What dominates the cost of a short fine-tune on small models is dealt with here. The logits over the vocabulary are
+never held as a whole: loss and gradient of the output head are computed some rows at a time. The layers are those of
+`decoder`, whose gradients are written by hand, with none for frozen weights. And the weights stay in the dtype of the
+model (bfloat16 runs on matrix units) while AdamW works on float32 masters of what is trained.
 
 Shape letters: B sequences of a step, T tokens of a sequence, N = B * T positions, D hidden size, V vocabulary.
 """
@@ -21,12 +22,12 @@ from torch import Tensor, nn
 
 from adasearch.documents import value
 from adasearch.errors import TrialError
+from adasearch.tuning import decoder
+from adasearch.tuning.decoder import Updates
+from adasearch.tuning.head import HeadRows
 from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
 
 PHASE = "recover"
-_CHUNK = 256
-_EAGER_LENGTH = 256
-"""Longest sequence for which plain matrix products beat the fused attention's backward on a CPU (measured)."""
 
 
 @value
@@ -92,11 +93,16 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     return config.lr * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
 
 
+def _log(p: Tensor) -> Tensor:
+    """Return the logarithm of probabilities, of the least positive number where they underflow."""
+    return p.clamp_min(torch.finfo(p.dtype).tiny).log()
+
+
 class _HeadLoss(torch.autograd.Function):
     """Next-token loss of an output head whose gradients are computed along with it, chunk by chunk.
 
     With p the softmax of the logits, t the one-hot target and q the teacher's softmax, the loss per position is
-    CE + w KL(q || p) and its gradient on the logits is (1 + w) p - t - w q. Only one chunk of logits exists at a time.
+    CE + w KL(q || p) and its gradient on the logits is (1 + w) p - t - w q. Only some rows of logits exist at a time.
     """
 
     @staticmethod
@@ -114,23 +120,25 @@ class _HeadLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None  # type: ignore[attr-defined]
         nll = hidden.new_zeros((), dtype=torch.float32)
         divergence = torch.zeros_like(nll)
-        for start in range(0, count, _CHUNK):
-            part = slice(start, min(start + _CHUNK, count))
-            log_p = (hidden[part] @ weight.T).float().log_softmax(-1)
-            index = targets[part, None]
-            nll -= log_p.gather(1, index).sum()
-            grad = log_p.exp()
-            if teacher is not None:
-                log_q = teacher(part).float().log_softmax(-1)
-                q = log_q.exp()
-                divergence += (q * (log_q - log_p)).sum()
-                grad.mul_(1.0 + distill).sub_(q, alpha=distill)
-            grad.scatter_add_(1, index, torch.full_like(index, -1.0, dtype=torch.float32))
-            low = grad.div_(count).to(weight.dtype)
-            grad_hidden[part] = low @ weight
+        room = HeadRows(weight, None, count)
+        for rows, logits in room.chunks(hidden):
+            for piece, wide, spare in room.pieces(logits):
+                part = slice(rows.start + piece.start, rows.start + piece.stop)
+                p = torch.softmax(wide, -1, out=spare)
+                index = targets[part, None]
+                nll -= _log(p.gather(1, index)).sum()
+                if teacher is not None:
+                    q = teacher(part).float().softmax(-1)
+                    divergence += (q * (_log(q) - _log(p))).sum()
+                    p.mul_(1.0 + distill).sub_(q, alpha=distill)
+                p.scatter_add_(1, index, torch.full_like(index, -1.0, dtype=torch.float32))
+                logits[piece] = p  # in the dtype of the model, in place of what it came from
+            torch.mm(logits, weight, out=grad_hidden[rows])
             if grad_weight is not None:
-                grad_weight += (low.T @ hidden[part]).float()
-        ctx.save_for_backward(grad_hidden, *(() if grad_weight is None else (grad_weight.to(weight.dtype),)))
+                grad_weight += (logits.T @ hidden[rows]).float()
+        grad_hidden.div_(count)
+        rest = () if grad_weight is None else (grad_weight.div_(count).to(weight.dtype),)
+        ctx.save_for_backward(grad_hidden, *rest)
         ctx.set_materialize_grads(False)
         nll = nll / count
         ctx.mark_non_differentiable(nll)
@@ -143,25 +151,30 @@ class _HeadLoss(torch.autograd.Function):
         return grad_hidden * grad, rest[0] * grad if rest else None, None, None, None
 
 
-def _states(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+def _states(model: Any, ids: Tensor, updates: Updates | None = None) -> tuple[Tensor, Tensor]:
     """Return the last hidden states, (B (T - 1)) × D, that predict a next token, and the head's weight, V × D."""
-    causal: Any = model
-    hidden = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return hidden[:, :-1].flatten(0, 1), causal.get_output_embeddings().weight
+    hidden = decoder.hidden_states(model, ids, updates=updates)
+    return hidden[:, :-1].flatten(0, 1), model.get_output_embeddings().weight
 
 
 def next_token_loss(
-    model: nn.Module, ids: Tensor, teacher: nn.Module | None = None, distill: float = 0.0
+    model: nn.Module,
+    ids: Tensor,
+    *,
+    updates: Updates | None = None,
+    teacher: nn.Module | None = None,
+    distill: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return the mean loss to minimise and its next-token part, in nats per predicted token.
 
     Args:
-        model: causal language model with a linear output head without bias.
+        model: causal language model that `decoder` takes, with a linear output head without bias.
         ids: token ids, B × T, T at least 2.
+        updates: low-rank updates of the model's linear layers.
         teacher: model of the same vocabulary; used where `distill` is above 0.
         distill: weight of KL(teacher || model).
     """
-    hidden, weight = _states(model, ids)
+    hidden, weight = _states(model, ids, updates)
     targets = ids[:, 1:].flatten()
     logits = None
     if teacher is not None and distill > 0:
@@ -225,22 +238,13 @@ def seeded(context: RecoveryContext) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _quick_attention(model: nn.Module, length: int, device: str) -> Iterator[None]:
-    """Use plain attention inside where it is the faster one to train with: short sequences on a CPU."""
-    causal: Any = model
-    before = causal.config._attn_implementation
-    if torch.device(device).type == "cpu" and length <= _EAGER_LENGTH and before == "sdpa":
-        causal.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        if causal.config._attn_implementation != before:
-            causal.set_attn_implementation(before)
-
-
 def train(
-    model: nn.Module, masters: Masters, tokens: Tensor, config: TrainingConfig, context: RecoveryContext
+    model: nn.Module,
+    masters: Masters,
+    tokens: Tensor,
+    config: TrainingConfig,
+    context: RecoveryContext,
+    updates: Updates | None = None,
 ) -> RecoveryReport:
     """Train what `masters` holds on the stream and return what happened; call it inside `seeded`.
 
@@ -250,6 +254,7 @@ def train(
         tokens: 1-D stream of token ids.
         config: the run.
         context: progress callback, device, teacher.
+        updates: low-rank updates of the model's linear layers.
 
     Raises:
         TrialError: kind ``nan`` where a loss or gradient is not finite; kind ``config`` where the stream is too short
@@ -259,20 +264,19 @@ def train(
         raise TrialError("config", f"distill {config.distill} needs the dense model, given none", PHASE)
     start = time.monotonic()
     losses: list[float] = []
-    model.train()
-    with _quick_attention(model, config.length, context.device):
-        for step, ids in enumerate(sequences(tokens, config)):
-            total, nll = next_token_loss(model, ids.to(context.device), context.teacher, config.distill)
-            total.backward()  # type: ignore[no-untyped-call]
-            norm = masters.step(learning_rate(step, config))
-            loss = float(total.detach())
-            losses.append(float(nll))
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                where = f"step {step + 1} of {config.steps}"
-                problem = f"the loss must stay finite, given {loss} (gradient norm {norm}) at {where}, lr {config.lr}"
-                raise TrialError("nan", problem, PHASE)
-            if context.report is not None:
-                context.report(step + 1, config.steps, losses[-1])
+    for step, ids in enumerate(sequences(tokens, config)):
+        batch = ids.to(context.device)
+        total, nll = next_token_loss(model, batch, updates=updates, teacher=context.teacher, distill=config.distill)
+        total.backward()  # type: ignore[no-untyped-call]
+        norm = masters.step(learning_rate(step, config))
+        loss = float(total.detach())
+        losses.append(float(nll))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            where = f"step {step + 1} of {config.steps}"
+            problem = f"the loss must stay finite, given {loss} (gradient norm {norm}) at {where}, lr {config.lr}"
+            raise TrialError("nan", problem, PHASE)
+        if context.report is not None:
+            context.report(step + 1, config.steps, losses[-1])
     trained = config.steps * config.batch * config.length
     seconds = time.monotonic() - start
     return RecoveryReport(losses=tuple(losses), tokens=trained, seconds=seconds, epochs=trained / tokens.numel())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adasearch.config import Component
-from adasearch.pruning import importance
+from adasearch.pruning import importance, products
 from adasearch.pruning.statistics import FAMILIES, Statistics
 from adasearch.registry import IMPORTANCE
 from tests.pruning.sample import sample
@@ -26,7 +26,12 @@ def _permuted(case, group, order):
             tensors[key] = tensors[key][at]
     at = index(group.output_block)
     for key in [k for k in tensors if f"/{group.output}/" in k]:
-        tensors[key] = tensors[key][at] if tensors[key].ndim == 1 else tensors[key][at][:, at]
+        if key.endswith("/gram"):
+            matrix = products.unpacked_gram(tensors[key], len(at))[at][:, at].float()
+            blocks = [matrix[rows, rows.start :].flatten() for rows, _ in products._row_blocks(len(at))]
+            tensors[key] = torch.cat(blocks)
+        else:
+            tensors[key] = tensors[key][at]
     return weights, Statistics(tokens=case.statistics.tokens, tensors=tensors)
 
 

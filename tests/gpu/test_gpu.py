@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from adasearch import models
 from adasearch.config import UnitsConfig, component
 from adasearch.pruning import architectures, calibration, compensation, importance, surgery
 from adasearch.registry import COMPENSATION, IMPORTANCE, RECOVERY
@@ -108,3 +109,15 @@ def test_the_structure_counts_what_lies_on_the_device():
     assert architectures.supported()
     model = surgery.cut(config, weights, structure, plan).to(DEVICE)
     assert sum(p.numel() for p in model.parameters()) == plan.parameters
+
+
+def test_the_share_of_gpu_memory_bounds_a_process_and_sizes_are_told():
+    (total, *_) = models.gpu_sizes()
+    assert total > 2**30
+    models.limit_gpu_memory(0.05)
+    try:
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            torch.empty(int(total * 0.06), dtype=torch.uint8, device=DEVICE)
+        assert torch.empty(int(total * 0.01), dtype=torch.uint8, device=DEVICE).is_cuda
+    finally:
+        models.limit_gpu_memory(1.0)

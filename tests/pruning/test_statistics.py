@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 
 from adasearch.errors import DataError
 from adasearch.pruning import statistics
-from adasearch.pruning.statistics import Covariance, GradientSum, Moments, Statistics, damped, merge
+from adasearch.pruning.statistics import (
+    Cosine,
+    Covariance,
+    GradientSum,
+    Moments,
+    SquareSum,
+    Statistics,
+    damped,
+    gradient_rows,
+    merge,
+)
 
 CUTS = st.tuples(st.integers(1, 20), st.integers(21, 40), st.integers(0, 2**31))
 
@@ -62,6 +72,12 @@ class TestCovariance:
         exact = torch.cov(x.double().T, correction=0)
         torch.testing.assert_close(Covariance.of(x).matrix(centred=True), exact, rtol=1e-5, atol=1e-5)
 
+    def test_extended_is_the_sum_over_both(self):
+        x = _data(5, rows=400)
+        parts = Covariance.of(x[:100]).extended(x[100:300]).extended(x[300:])
+        torch.testing.assert_close(parts.matrix(), Covariance.of(x).matrix(), rtol=1e-5, atol=1e-5)
+        _close(parts.mean, x.double().mean(0))
+
     def test_bfloat16_is_accumulated_in_float32(self):
         x = _data(4).bfloat16()
         exact = x.double().T @ x.double() / 60
@@ -77,17 +93,18 @@ class TestDamped:
         assert torch.linalg.det(damped(torch.zeros(3, 3), 0.01)) == 1
 
 
-class TestGradientSum:
+class TestGradientRows:
     @given(st.integers(0, 2**31), st.booleans())
     def test_reads_out_as_the_definitions(self, seed, fisher):
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(6, 4, generator=generator)
         gradients = torch.randn(5, 6, 4, generator=generator)
-        parts = [GradientSum.zeros(weight, fisher=fisher) for _ in range(2)]
-        for i, gradient in enumerate(gradients):
-            parts[i % 2].add(gradient)
+        totals = [GradientSum(count=3 * len(part), total=part.sum(0)) for part in gradients.split([2, 3])]
+        squares = [SquareSum(count=3 * len(part), squares=part.square().sum(0)) for part in gradients.split([2, 3])]
+        total, square = totals[0].merge(totals[1]), squares[0].merge(squares[1])
+        assert total.count == square.count == 15
         for dim in (0, 1):
-            rows = parts[0].merge(parts[1]).read(weight, dim, sequences=5)
+            rows = gradient_rows(total.total, square.squares if fisher else None, weight, dim, sequences=5)
             w, g, f = weight.double(), gradients.double().mean(0), gradients.double().square().mean(0)
             expected = {"gradient/elem1": (w * g).abs(), "gradient/signed": w * g}
             if fisher:
@@ -96,6 +113,20 @@ class TestGradientSum:
             assert rows.keys() == expected.keys()
             for name, item in expected.items():
                 torch.testing.assert_close(rows[name], item.sum(1 - dim), rtol=1e-4, atol=1e-5)
+
+
+class TestCosine:
+    def test_equals_its_definition_and_merges(self):
+        before, after = _data(0), _data(1)
+        exact = (before * after).sum(1) / before.norm(dim=1) / after.norm(dim=1)
+        whole = Cosine.of(before, after)
+        assert whole.count == 60
+        torch.testing.assert_close(whole.mean, exact.double().mean(), rtol=1e-6, atol=1e-7)
+        parts = Cosine.of(before[:13], after[:13]).extended(before[13:], after[13:])
+        torch.testing.assert_close(parts.mean, whole.mean, rtol=1e-6, atol=1e-7)
+
+    def test_the_same_stream_has_cosine_one(self):
+        assert float(Cosine.of(_data(0), 3 * _data(0)).mean) == pytest.approx(1.0, abs=1e-6)
 
 
 def _held(seed=0, families=("moments", "covariance")):
@@ -118,6 +149,11 @@ class TestStatistics:
         exact = Covariance.of(whole).matrix()
         torch.testing.assert_close(merged.covariance("a.o").matrix(), exact, rtol=1e-5, atol=1e-5)
         assert merged.tokens == 120
+
+    def test_every_family_that_merges_is_named_by_its_class(self):
+        assert statistics.merged_from("moments") == {"moments"}
+        for family in statistics.FAMILIES:
+            assert statistics.merged_from(family) <= set(statistics.ACCUMULATORS)
 
     def test_merge_refuses_sums_of_absolute_values(self):
         gradient = Statistics(tokens=3, tensors={"gradient/w/elem1": torch.ones(2)})

@@ -32,6 +32,7 @@ from adasearch.config import (
 )
 from adasearch.documents import Count, Positive, parse, value
 from adasearch.errors import TrialError
+from adasearch.racing import Rung
 from adasearch.records import Record, write_items, write_record
 from adasearch.registry import Entry, NoOptions, Registry
 from adasearch.search.driver import Assignment, run_search
@@ -164,6 +165,11 @@ def result_of(task: Assignment, faults: Faults) -> TrialResult:
     return TrialResult(
         score=score, stderr=0.01, tasks=(task_score,), parameters=800, widths={"layers.0.mlp": 8}, items=50,
         stopped=False, seconds={"prune": 0.001, "score": 0.002}, peak_bytes=2**20, notes={"loss": 1.5},
+        rungs=() if task.config is None else (
+            Rung(kind="divergence", share=0.0, value=1 - score, stderr=0.02, seconds=0.001),
+            Rung(kind="recovered", share=0.3, value=score - 0.01, stderr=0.02, seconds=0.001, gap=-0.01, bound=0.01),
+            Rung(kind="recovered", share=1.0, value=score, stderr=0.01, seconds=0.002, gap=0.0, bound=0.01),
+        ),
     )  # fmt: skip
 
 

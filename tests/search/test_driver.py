@@ -17,8 +17,9 @@ import optuna
 import pytest
 
 from adasearch import records as records_module
-from adasearch.config import ClusterConfig, LimitsConfig, RacingConfig, SamplerConfig, SpaceConfig
+from adasearch.config import ClusterConfig, LimitsConfig, SamplerConfig, SpaceConfig
 from adasearch.errors import ConfigError, NoTrialError, StorageError
+from adasearch.racing import RacingConfig, in_control
 from adasearch.records import DENSE, read_record, read_records
 from adasearch.search import outcomes
 from adasearch.search import study as study_module
@@ -265,7 +266,7 @@ def test_a_trial_races_against_the_best_one_told_when_it_was_asked(tmp_path):
 
         return work
 
-    study = make_study(racing=RacingConfig(grace=4))
+    study = make_study(racing=RacingConfig(grace=4, control=0.5))
     found = search(study, tmp_path, executor=InProcessExecutor(make))
     scores = {r.number: r.result.score for r in found}
     for task in tasks:
@@ -274,6 +275,9 @@ def test_a_trial_races_against_the_best_one_told_when_it_was_asked(tmp_path):
         else:
             best = max(range(task.number), key=scores.__getitem__)
             assert task.incumbent == str(tmp_path.resolve() / "trials" / f"{best}-1")
+    drawn = {task.number: task.control for task in tasks if task.number >= 0}
+    assert drawn == {number: in_control(0.5, study.seed, number) for number in range(8)}
+    assert set(drawn.values()) == {True, False}
 
 
 def test_an_error_that_concerns_all_trials_ends_the_search(tmp_path):

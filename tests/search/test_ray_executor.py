@@ -20,7 +20,7 @@ from ray.exceptions import OutOfMemoryError
 
 from adasearch.errors import ConfigError, DataError, NoTrialError, StorageError
 from adasearch.search.executor import Outcome
-from adasearch.search.ray_executor import RayExecutor, _check_address, _loss
+from adasearch.search.ray_executor import RayExecutor, _check_address, _loss, machines
 from tests.search import ray_workers
 
 SECONDS = 60.0
@@ -211,6 +211,48 @@ def test_workers_that_find_no_place_end_the_wait() -> None:
         pytest.raises(NoTrialError, match=r"within 1 s; the cluster offers 4 CPUs and 0 GPUs"),
     ):
         collect(executor, 1)
+
+
+def test_the_machines_of_a_cluster_are_told_by_ray() -> None:
+    (machine,) = machines("auto")
+    assert machine.cores == 4
+    assert machine.memory > 2**28
+    assert machine.gpus == ()
+
+
+SHARED = """
+    import ray
+    from adasearch.config import ClusterConfig
+    from adasearch.placement import Need, decide
+    from adasearch.search.ray_executor import RayExecutor, machines
+    from tests.search import ray_workers
+
+    sizes = {"num_cpus": 6, "num_gpus": 1, "object_store_memory": 100 * 2**20}
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, **sizes)
+    stated = ClusterConfig(workers=3, threads=2, address="auto")
+    placed = decide(stated, machines("auto"), Need(memory=2**20), 3)
+    print(placed.gpus, placed.machines[0].gpus)
+    with RayExecutor(ray_workers.open_worker, workers=3, threads=2, gpus=placed.gpus, address="auto") as executor:
+        for key in "abc":
+            executor.submit(key, ("environment", ("CUDA_VISIBLE_DEVICES",)), seconds=60)
+        found = []
+        while len(found) < 3:
+            found += [outcome.value["CUDA_VISIBLE_DEVICES"] for outcome in executor.wait(1.0)]
+    print(found)
+"""
+
+
+def test_workers_share_a_gpu_of_a_cluster_in_fractions() -> None:
+    """Ray believes the number of GPUs that it is told, so that places are shared out as where there is one."""
+    found = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SHARED)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert found.stdout.splitlines() == ["0.3333 (0,)", "['0', '0', '0']"], found.stderr
 
 
 def test_more_gpus_than_there_are_is_an_error_of_the_study() -> None:

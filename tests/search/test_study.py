@@ -28,6 +28,10 @@ def test_the_study_holds_what_a_reader_wants(tmp_path):
     assert trial.user_attrs["recipe"] == "obs_lora"
     assert trial.user_attrs["stderr"] == 0.01
     assert trial.user_attrs["tasks"] == {"cloze/pydoc": 0.5}
+    score = trial.value
+    assert trial.user_attrs["divergence"] == 1 - score
+    assert trial.intermediate_values == pytest.approx({0: score - 1, 30: score - 0.01, 100: score})
+    assert "recovered, 30 % of items" in get_note(optuna.Trial(study, trial._trial_id))
     assert "cloze/pydoc" in get_note(optuna.Trial(study, trial._trial_id))
     files = get_all_artifact_meta(trial, storage=study._storage)
     assert sorted(meta.filename for meta in files) == ["config.yaml", "result.json"]
@@ -35,6 +39,23 @@ def test_the_study_holds_what_a_reader_wants(tmp_path):
         (tmp_path / "artifacts" / meta.artifact_id).read_bytes() for meta in files if meta.filename == "result.json"
     ]
     assert stored == [(tmp_path / "trials" / "1-1" / "result.json").read_bytes()]
+
+
+def test_a_driver_killed_while_telling_tells_the_rungs_again(tmp_path, monkeypatch):
+    study = make_study(trials=2)
+
+    def die(*_, **__):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "tell", die)
+        with pytest.raises(Stop):
+            search(study, tmp_path)
+    search(study, tmp_path)
+    (frozen, _) = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path / 'study.db'}").trials
+    assert frozen.intermediate_values == pytest.approx(
+        {0: frozen.value - 1, 30: frozen.value - 0.01, 100: frozen.value}
+    )
 
 
 def test_a_folder_of_another_study_is_refused(tmp_path):

@@ -92,7 +92,8 @@ def test_perplexity_is_that_of_windows_alone(window):
 def test_logits_are_made_in_pieces(monkeypatch):
     tokens = torch.randint(3, 600, (128,), generator=torch.Generator().manual_seed(0))
     whole = evaluation.perplexity(sample.model(), tokens, 32)
-    monkeypatch.setattr("adasearch.tuning.scoring._MAX_LOGITS", 600 * 7)
+    monkeypatch.setattr("adasearch.tuning.head._MAX_LOGITS", 600 * 7)
+    monkeypatch.setattr("adasearch.tuning.head._CACHED_LOGITS", 600 * 3)
     assert evaluation.perplexity(sample.model(), tokens, 32) == pytest.approx(whole, rel=1e-6)
 
 

@@ -10,7 +10,7 @@ from adasearch.config import component
 from adasearch.errors import ConfigError, TrialError
 from adasearch.pruning import surgery
 from adasearch.registry import RECOVERY
-from adasearch.tuning.recovery import RecoveryContext
+from adasearch.tuning.recovery import RecoveryContext, lora
 from adasearch.tuning.training import Masters, TrainingConfig, learning_rate, next_token_loss, sequences
 from tests import tiny
 
@@ -52,7 +52,8 @@ def plain_loss(model, ids):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_chunked_loss_and_gradients_equal_the_plain_ones(tied, monkeypatch):
-    monkeypatch.setattr("adasearch.tuning.training._CHUNK", 13)
+    monkeypatch.setattr("adasearch.tuning.head._MAX_LOGITS", 13 * tiny.VOCABULARY)
+    monkeypatch.setattr("adasearch.tuning.head._CACHED_LOGITS", 5 * tiny.VOCABULARY)
     model, _ = cut_model(tie_word_embeddings=tied)
     twin = copy.deepcopy(model)
     ids = stream(64).view(4, 16)
@@ -67,12 +68,13 @@ def test_chunked_loss_and_gradients_equal_the_plain_ones(tied, monkeypatch):
 
 
 def test_distillation_loss_and_gradients_equal_autograd(monkeypatch):
-    monkeypatch.setattr("adasearch.tuning.training._CHUNK", 13)
+    monkeypatch.setattr("adasearch.tuning.head._MAX_LOGITS", 13 * tiny.VOCABULARY)
+    monkeypatch.setattr("adasearch.tuning.head._CACHED_LOGITS", 5 * tiny.VOCABULARY)
     model, _ = cut_model()
     teacher, _ = cut_model(hidden_size=24, intermediate_size=48)
     twin = copy.deepcopy(model)
     ids = stream(64).view(4, 16)
-    total, nll = next_token_loss(model, ids, teacher, 0.7)
+    total, nll = next_token_loss(model, ids, teacher=teacher, distill=0.7)
     total.backward()
     log_p = twin(input_ids=ids).logits[:, :-1].flatten(0, 1).log_softmax(-1)
     log_q = teacher(input_ids=ids).logits[:, :-1].flatten(0, 1).log_softmax(-1).detach()
@@ -106,24 +108,70 @@ def test_learning_rate_rises_to_its_top_and_falls(steps, warmup):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merged_lora_equals_the_adapters(dtype, monkeypatch):
-    import peft
-
+def test_merged_lora_equals_the_updates(dtype, monkeypatch):
     model, structure = cut_model(dtype=dtype)
     ids = stream(64, seed=9).view(4, 16)
     seen = {}
-    merge = peft.LoraModel.merge_and_unload
+    merge = lora.merge
 
-    def spy(tuner):
-        model.eval()
-        seen["loss"] = plain_loss(model, ids)
-        return merge(tuner)
+    def spy(module, update):
+        same = {m: u._replace(a=u.a.to(dtype), b=u.b.to(dtype)) for m, u in updates.items()}
+        seen.setdefault("before", next_token_loss(model, ids, updates=same)[1])
+        merge(module, update)
 
-    monkeypatch.setattr(peft.LoraModel, "merge_and_unload", spy)
+    train, updates = lora.train, {}
+    monkeypatch.setattr(lora, "train", lambda *given: updates.update(given[-1]) or train(*given))
+    monkeypatch.setattr(lora, "merge", spy)
+    before = plain_loss(model, ids)
     recover("lora", model, structure, lr=1e-2)
+    assert plain_loss(model, ids).item() < before.item() - 0.01
     assert plain_loss(model, ids).item() == pytest.approx(
-        seen["loss"].item(), abs=1e-5 if dtype == torch.float32 else 3e-2
+        seen["before"].item(), abs=1e-5 if dtype == torch.float32 else 3e-2
     )
+
+
+def peft_losses(model, structure, tokens, given):
+    """Train with PEFT's adapters, autograd and torch's AdamW; the plain way, for float32."""
+    import peft
+
+    run = TrainingConfig.of(given)
+    names = [n for n, m in model.named_modules() if n.rpartition(".")[2] in structure.lora_targets]
+    settings = peft.LoraConfig(r=given.rank, lora_alpha=given.alpha, target_modules=names)
+    tuned = peft.get_peft_model(model, settings)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_A" in name:
+                parameter.copy_(torch.linspace(-0.1, 0.1, parameter.numel()).view_as(parameter))
+    moving = [p for p in tuned.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(moving, betas=(0.9, 0.95), weight_decay=0.0)
+    losses = []
+    for step, ids in enumerate(sequences(tokens, run)):
+        loss = tuned(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(moving, run.grad_clip)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, run)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, tuned.merge_and_unload()
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_loss_curve_and_merged_weights_are_those_of_peft_and_autograd(family, monkeypatch):
+    model, structure = cut_model(family)
+    twin = copy.deepcopy(model)
+
+    def start(factor, **_):
+        return factor.data.copy_(torch.linspace(-0.1, 0.1, factor.numel()).view_as(factor))
+
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", start)
+    report = recover("lora", model, structure, rank=3, alpha=9.0, lr=5e-3)
+    monkeypatch.undo()
+    losses, merged = peft_losses(twin, structure, stream(), options("lora", rank=3, alpha=9.0, lr=5e-3))
+    assert report.losses[-1] < report.losses[0] - 0.1
+    assert report.losses == pytest.approx(losses, abs=2e-5)
+    for name, plain in merged.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], plain, rtol=1e-3, atol=2e-4, msg=name)
 
 
 @pytest.mark.parametrize(("targets", "moved"), [("attention", "self_attn"), ("mlp", "mlp")])

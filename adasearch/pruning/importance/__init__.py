@@ -76,7 +76,7 @@ class GroupView:
         return values.view(self.group.units, self.group.output_block)
 
     def statistic(self, family: str, parameter: str, name: str) -> Tensor:
-        """Return sums over rows of a matrix, by unit (U × rows per unit, float64); names as in `GradientSum.read`."""
+        """Return sums over rows of a matrix, by unit (U × rows per unit, float64); names as in `gradient_rows`."""
         rows = self._known().rows(family, parameter, name)
         return rows.view(self.group.units, self._slice(parameter).block)
 

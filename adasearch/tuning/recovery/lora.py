@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Literal, cast
 
 import pydantic
+import torch
 from torch import Tensor, nn
 
 from adasearch.documents import Count, NonNegative, Positive, Share, value
 from adasearch.errors import TrialError
 from adasearch.pruning.structure import ModelStructure
 from adasearch.registry import RECOVERY
+from adasearch.tuning.decoder import Update
 from adasearch.tuning.recovery import RecoveryContext, RecoveryReport, SequenceLength
 from adasearch.tuning.training import PHASE, Masters, TrainingConfig, seeded, train
 
@@ -48,53 +51,57 @@ class LoraOptions:
     corpus: str | None = None
 
 
-def _target_modules(model: nn.Module, structure: ModelStructure, targets: str) -> list[str]:
-    """Return the full names of the linear modules that get an adapter."""
-    names = []
+def _targets(model: nn.Module, structure: ModelStructure, targets: str) -> list[nn.Linear]:
+    """Return the linear modules that get an update."""
+    found = []
     for name, module in model.named_modules():
         parent, _, last = name.rpartition(".")
         kind = "mlp" if parent.endswith("mlp") else "attention"
         if isinstance(module, nn.Linear) and last in structure.lora_targets and targets in {"all", kind}:
-            names.append(name)
-    if not names:
+            found.append(module)
+    if not found:
         raise TrialError("config", f"targets {targets} must name a projection, the model has none of them", PHASE)
-    return names
+    return found
+
+
+def _update(module: nn.Linear, options: LoraOptions) -> Update:
+    """Return an update that changes nothing yet: A drawn as by Kaiming for a leaky ReLU of slope sqrt(5), B zero."""
+    weight = module.weight
+    a = torch.empty(options.rank, module.in_features, device=weight.device)
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    b = torch.zeros(module.out_features, options.rank, device=weight.device)
+    first, second = (nn.Parameter(factor.to(weight.dtype)) for factor in (a, b))
+    return Update(first, second, options.alpha / options.rank, options.dropout)
+
+
+@torch.no_grad()
+def merge(module: nn.Linear, update: Update) -> None:
+    """Add an update to a weight, in float32, and round once."""
+    sum_ = module.weight.float().addmm_(update.b.float(), update.a.float(), alpha=update.scale)
+    module.weight.copy_(sum_)
 
 
 @RECOVERY.register(options=LoraOptions)
 def recover(
     model: nn.Module, structure: ModelStructure, tokens: Tensor, options: LoraOptions, context: RecoveryContext
 ) -> RecoveryReport:
-    """Train adapters on the stream and merge them; the signature is that of the set.
+    """Train updates on the stream and merge them; the signature is that of the set.
 
-    Adapters are computed in the dtype of the model and kept in float32 by the optimizer; the merge takes the float32
+    Updates are computed in the dtype of the model and kept in float32 by the optimizer; the merge takes the float32
     values, so that a bfloat16 weight is rounded once.
 
     Raises:
         TrialError: a loss that is not finite, or a stream that is too short.
     """
-    import peft  # here, so that a study is read and validated without it
-
     run = TrainingConfig.of(options)
-    names = _target_modules(model, structure, options.targets)
-    adapters = peft.LoraConfig(
-        r=options.rank,
-        lora_alpha=options.alpha,  # type: ignore[arg-type]  # only ever divided by the rank
-        lora_dropout=options.dropout,
-        target_modules=names,
-    )
+    modules = _targets(model, structure, options.targets)
     model.requires_grad_(False)  # noqa: FBT003
     with seeded(context):
-        tuner = peft.LoraModel(model, adapters, "recovery")
-        try:
-            masters = Masters([p for p in model.parameters() if p.requires_grad], run)
-            report = train(model, masters, tokens, run, context)
-            masters.restore_precision()
-            tuner.merge_and_unload()
-        except BaseException:
-            tuner.unload()
-            raise
-        finally:
-            model.requires_grad_(False)  # noqa: FBT003
-            model.eval()
+        updates: dict[nn.Module, Update] = {module: _update(module, options) for module in modules}
+        factors = [factor for update in updates.values() for factor in (update.a, update.b)]
+        masters = Masters(cast("list[nn.Parameter]", factors), run)
+        report = train(model, masters, tokens, run, context, updates)
+    masters.restore_precision()
+    for module in modules:
+        merge(module, updates[module])
     return report

@@ -1,0 +1,174 @@
+"""The decoder of the supported families as a function of its weights: for scoring and for training low-rank updates.
+
+It reads the modules of transformers' own model, shares their weights and gives their hidden states; what it leaves out
+is the price of generality: a node of autograd for every small operation, masks and caches built anew, separate
+adapters around every projection. `takes` says for which models it stands; others run through transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adasearch.tuning import kernels
+from adasearch.tuning.kernels import Layout, Projection, Rotation
+
+FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+_PLAIN_LENGTH = 256
+"""Longest sequence whose attention trains faster by plain products than fused, on a CPU (measured)."""
+
+
+class Update(NamedTuple):
+    """A low-rank update of one linear layer: y += scale * drop(x) a^T b^T.
+
+    Args:
+        a: R × inputs.
+        b: outputs × R.
+        scale: of the update.
+        dropout: share of the inputs that is dropped.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    dropout: float = 0.0
+
+
+Updates = Mapping[nn.Module, Update]
+
+
+def takes(model: Any) -> bool:
+    """Return whether `hidden_states` stands for `model`."""
+    return model.config.model_type in FAMILIES and model.config.hidden_act == "silu"
+
+
+def _projection(module: Any, updates: Updates) -> Projection:
+    found = updates.get(module)
+    return Projection(module.weight, module.bias, *(found or ()))
+
+
+class _Run(NamedTuple):
+    """What all layers of one forward share: rotations by number of heads, masks by window, sequences, updates.
+
+    A mask is T × T for plain products, B × T × T for fused attention, None where that is causal by itself.
+    """
+
+    rotation: Rotation
+    wide: dict[int, Rotation]
+    masks: dict[int | None, Tensor | None]
+    plain: bool
+    batch: int
+    updates: Updates
+
+
+def _rotated(x: Tensor, norm: Any, size: int, run: _Run) -> Tensor:
+    if norm is not None:
+        x = kernels.rms_norm(x.view(-1, size), norm.weight, norm.variance_epsilon).view_as(x)
+    heads = x.shape[1] // size
+    if heads not in run.wide:
+        run.wide[heads] = run.rotation.wide(heads)
+    return kernels.rotate(x, run.wide[heads], size)
+
+
+def _layer(layer: Any, x: Tensor, run: _Run) -> Tensor:
+    """Return the residual stream (N × D) after one layer."""
+    attention, mlp = layer.self_attn, layer.mlp
+    norm, size = layer.input_layernorm, attention.head_dim
+    reads = tuple(_projection(p, run.updates) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+    q, k, v = kernels.norm_project(x, norm.weight, norm.variance_epsilon, reads)
+    q = _rotated(q, getattr(attention, "q_norm", None), size, run)
+    k = _rotated(k, getattr(attention, "k_norm", None), size, run)
+    layout = Layout(run.batch, k.shape[1] // size, size, attention.scaling)
+    mask = run.masks[_window(layer)]
+    if run.plain and mask is not None:
+        seen = kernels.attend(q, k, v, mask, layout)
+    else:
+        seen = kernels.attend_fused(q, k, v, mask, layout)
+    x = kernels.project_add(seen, x, _projection(attention.o_proj, run.updates))
+    norm = layer.post_attention_layernorm
+    reads = tuple(_projection(p, run.updates) for p in (mlp.gate_proj, mlp.up_proj))
+    gate, up = kernels.norm_project(x, norm.weight, norm.variance_epsilon, reads)
+    return kernels.gated_add(gate, up, x, _projection(mlp.down_proj, run.updates))
+
+
+def _window(layer: Any) -> int | None:
+    """Return how many tokens a layer looks back, None for all; Mistral's layers leave it to their config."""
+    attention = layer.self_attn
+    window: int | None = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+    return window
+
+
+def causal_mask(length: int, window: int | None, like: Tensor) -> Tensor:
+    """Return what is added to scores to hide later tokens, and those `window` or more before (T × T): 0 or -inf."""
+    hidden = torch.ones(length, length, dtype=torch.bool, device=like.device).triu_(1)
+    if window is not None:
+        hidden |= torch.ones_like(hidden).tril_(-window)
+    return torch.zeros(length, length, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
+
+
+def _masks(core: Any, mask: Tensor | None, embedded: Tensor, *, plain: bool) -> dict[int | None, Tensor | None]:
+    """Return the mask for every window of the model's layers; one that is given counts for all of them."""
+    batch, length, _ = embedded.shape
+    found: dict[int | None, Tensor | None] = {}
+    for window in {_window(layer) for layer in core.layers}:
+        far = window is not None and length > window
+        if mask is not None or not (plain or far):
+            found[window] = mask
+        else:
+            own = causal_mask(length, window, embedded)
+            found[window] = own if plain else own.expand(batch, -1, -1)
+    return found
+
+
+def hidden_states(
+    model: Any,
+    ids: Tensor,
+    *,
+    updates: Updates | None = None,
+    mask: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """Return the last hidden states, B × T × D, with a gradient for what requires one.
+
+    Args:
+        model: causal language model that `takes` takes; its weights are read, not copied.
+        ids: B × T token ids.
+        updates: low-rank updates by linear module.
+        mask: added to attention scores, B × T × T; None is causal.
+        positions: B × T; None counts from 0.
+    """
+    core = model.base_model
+    batch, length = ids.shape
+    embedded = functional.embedding(ids, core.embed_tokens.weight, core.embed_tokens.padding_idx)
+    if positions is None:
+        positions = torch.arange(length, device=ids.device).expand(batch, -1)
+    cos, sin = core.rotary_emb(embedded, positions)
+    plain = ids.device.type == "cpu" and length <= _PLAIN_LENGTH and mask is None and torch.is_grad_enabled()
+    rotation = Rotation.of(cos.flatten(0, 1), sin.flatten(0, 1))
+    masks = _masks(core, mask, embedded, plain=plain)
+    run = _Run(rotation=rotation, wide={}, masks=masks, plain=plain, batch=batch, updates=updates or {})
+    x = embedded.flatten(0, 1)
+    for layer in core.layers:
+        x = _layer(layer, x, run)
+    x = kernels.rms_norm(x, core.norm.weight, core.norm.variance_epsilon)
+    return x.view(batch, length, -1)
+
+
+def last_hidden(model: Any, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    """Return the last hidden states, B × T × D, of any causal language model: by `hidden_states` where it stands.
+
+    Args:
+        model: in the layout of transformers.
+        ids: B × T token ids.
+        mask: added to attention scores, B × T × T; None is causal.
+        positions: B × T; None counts from 0.
+    """
+    if takes(model):
+        return hidden_states(model, ids, mask=mask, positions=positions)
+    extra = {} if mask is None else {"attention_mask": mask[:, None], "position_ids": positions}
+    states: Tensor = model.base_model(input_ids=ids, use_cache=False, **extra).last_hidden_state
+    return states

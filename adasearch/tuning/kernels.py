@@ -1,0 +1,349 @@
+"""The steps of a decoder layer with their gradients written by hand: what a stock autograd graph pays for is left out.
+
+Each class computes several operations of a layer at once and keeps only what its backward cannot cheaply make again.
+Weights that are frozen get no gradient; low-rank updates ride along without a node of their own. Numbers are rounded
+to the dtype of the weights where transformers rounds them, or later: norms and softmax compute in float32 inside.
+
+Shape letters: B sequences, T tokens of a sequence, N = B * T rows, D hidden size, K inputs and M outputs of a
+projection, R rank, H query heads, G query heads of a key-value head, E head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class Projection(NamedTuple):
+    """y = x weight^T + bias + scale * drop(x) a^T b^T.
+
+    Args:
+        weight: M × K.
+        bias: M or None.
+        a: R × K, first factor of a low-rank update, or None (Hu et al., ICLR 2022).
+        b: M × R, second factor, or None.
+        scale: of the update.
+        dropout: share of the update's inputs that is dropped.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scale: float = 1.0
+    dropout: float = 0.0
+
+
+class _Adapted:
+    """Forward and backward of projections that read the same rows; their updates share one product."""
+
+    def __init__(self, projections: tuple[Projection, ...]) -> None:
+        self.projections = projections
+        self.updates = [p for p in projections if p.a is not None]
+        self.scale = self.updates[0].scale if self.updates else 1.0
+
+    def kept(self, x: Tensor) -> Tensor | None:
+        """Return a random mask of what dropout keeps, scaled so that the mean stays, or None without dropout."""
+        share = self.updates[0].dropout if self.updates else 0.0
+        return None if share == 0 else torch.empty_like(x).bernoulli_(1 - share).div_(1 - share)
+
+    def down(self) -> Tensor:
+        """Return the first factors of all updates below each other."""
+        factors = [p.a for p in self.updates if p.a is not None]
+        return factors[0] if len(factors) == 1 else torch.cat(factors)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+        """Return the outputs for x (N × K) and the scaled inner states of the updates (N × sum of R)."""
+        outputs = [functional.linear(x, p.weight, p.bias) for p in self.projections]
+        if not self.updates:
+            return outputs, None
+        inner = ((x if mask is None else x * mask) @ self.down().T).mul_(self.scale)
+        begin = 0
+        for output, p in zip(outputs, self.projections, strict=True):
+            if p.b is not None:
+                output.addmm_(inner[:, begin : begin + p.b.shape[1]], p.b.T)
+                begin += p.b.shape[1]
+        return outputs, inner
+
+    def backward(
+        self, grads: list[Tensor], x: Tensor, inner: Tensor | None, mask: Tensor | None, needed: list[bool]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the gradient of x and those of (weight, bias, a, b) of each projection, None where not needed."""
+        dx = grads[0] @ self.projections[0].weight
+        for grad, p in zip(grads[1:], self.projections[1:], strict=True):
+            dx.addmm_(grad, p.weight)
+        found: list[Tensor | None] = []
+        steps: list[Tensor] = []
+        begin = 0
+        for index, (grad, p) in enumerate(zip(grads, self.projections, strict=True)):
+            weight, bias = needed[4 * index : 4 * index + 2]
+            found += [grad.T @ x if weight else None, grad.sum(0) if bias else None, None, None]
+            if p.b is not None and inner is not None:
+                found[-1] = grad.T @ inner[:, begin : begin + p.b.shape[1]]
+                steps.append(grad @ p.b)
+                begin += p.b.shape[1]
+        if steps:
+            inside = (steps[0] if len(steps) == 1 else torch.cat(steps, 1)).mul_(self.scale)
+            down = inside.T @ (x if mask is None else x * mask)
+            parts = iter(torch.split(down, [p.a.shape[0] for p in self.updates if p.a is not None]))
+            for index, p in enumerate(self.projections):
+                found[4 * index + 2] = None if p.a is None else next(parts)
+            if mask is None:
+                dx.addmm_(inside, self.down())
+            else:
+                dx += (inside @ self.down()).mul_(mask)
+        return dx, found
+
+
+def _flat(projections: tuple[Projection, ...]) -> list[Any]:
+    return [tensor for p in projections for tensor in p[:4]]
+
+
+def _gathered(flat: tuple[Any, ...], settings: tuple[tuple[float, float], ...]) -> tuple[Projection, ...]:
+    parts = (flat[4 * i : 4 * i + 4] for i in range(len(settings)))
+    return tuple(
+        Projection(*part, scale=scale, dropout=dropout)  # type: ignore[misc]
+        for part, (scale, dropout) in zip(parts, settings, strict=True)
+    )
+
+
+def _settings(projections: tuple[Projection, ...]) -> tuple[tuple[float, float], ...]:
+    return tuple((p.scale, p.dropout) for p in projections)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return x in float32 where it has fewer digits."""
+    return x.float() if x.element_size() < 4 else x
+
+
+def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return x / rms(x) over the last dimension and 1 / rms(x), float32 (Zhang and Sennrich, 2019, equation 4)."""
+    single = _wide(x)
+    inverse = torch.linalg.vector_norm(single, dim=-1, keepdim=True)
+    inverse.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (single.mul_(inverse) if single is not x else single * inverse), inverse
+
+
+def _norm_backward(grad: Tensor, scaled: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient of x from that of weight * x / rms(x); `scaled` is x / rms(x), float32."""
+    wide = _wide(grad) * _wide(weight)
+    mean = torch.linalg.vecdot(wide, scaled).unsqueeze(-1).div_(scaled.shape[-1])
+    return wide.addcmul_(scaled, mean, value=-1).mul_(inverse).to(grad.dtype)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scaled, inverse = _normalised(x, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return scaled.to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, inverse = ctx.saved_tensors
+        scaled = _wide(x) * inverse
+        grad_weight = (grad * scaled.to(x.dtype)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return _norm_backward(grad, scaled, inverse, weight), grad_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return weight * x / rms(x) over the last dimension, the mean square taken in float32."""
+    result: Tensor = _Norm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _NormProject(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Tensor, eps: float, settings: Any, *flat: Any) -> tuple[Tensor, ...]:
+        adapted = _Adapted(_gathered(flat, settings))
+        scaled, inverse = _normalised(x, eps)
+        rows = scaled.to(x.dtype).mul_(norm)
+        mask = adapted.kept(rows)
+        outputs, inner = adapted.forward(rows, mask)
+        ctx.adapted = adapted
+        ctx.save_for_backward(x, norm, inverse, inner, mask)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, norm, inverse, inner, mask = ctx.saved_tensors
+        scaled = _wide(x) * inverse
+        rows = scaled.to(x.dtype)
+        dx, found = ctx.adapted.backward(list(grads), rows * norm, inner, mask, ctx.needs_input_grad[4:])
+        grad_norm = (dx * rows).sum(0) if ctx.needs_input_grad[1] else None
+        return _norm_backward(dx, scaled, inverse, norm), grad_norm, None, None, *found
+
+
+def norm_project(x: Tensor, norm: Tensor, eps: float, projections: tuple[Projection, ...]) -> tuple[Tensor, ...]:
+    """Return each projection (N × M) of the normalised rows of `x` (N × D); `norm` is the norm's weight (D)."""
+    flat = _flat(projections)
+    result: tuple[Tensor, ...] = _NormProject.apply(x, norm, eps, _settings(projections), *flat)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _ProjectAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, settings: Any, *flat: Any) -> Tensor:
+        adapted = _Adapted(_gathered(flat, settings))
+        mask = adapted.kept(x)
+        (output,), inner = adapted.forward(x, mask)
+        ctx.adapted = adapted
+        ctx.save_for_backward(x, inner, mask)
+        return output.add_(residual)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, inner, mask = ctx.saved_tensors
+        dx, found = ctx.adapted.backward([grad], x, inner, mask, ctx.needs_input_grad[3:])
+        return dx, grad, None, *found
+
+
+def project_add(x: Tensor, residual: Tensor, projection: Projection) -> Tensor:
+    """Return `residual` (N × D) plus the projection of `x` (N × K)."""
+    flat = _flat((projection,))
+    result: Tensor = _ProjectAdd.apply(x, residual, _settings((projection,)), *flat)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _GatedAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, residual: Tensor, settings: Any, *flat: Any) -> Tensor:
+        adapted = _Adapted(_gathered(flat, settings))
+        active = functional.silu(gate)
+        x = active * up if any(ctx.needs_input_grad) else active.mul_(up)
+        mask = adapted.kept(x)
+        (output,), inner = adapted.forward(x, mask)
+        ctx.adapted = adapted
+        ctx.save_for_backward(gate, up, active, inner, mask)
+        return output.add_(residual)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        gate, up, active, inner, mask = ctx.saved_tensors
+        dx, found = ctx.adapted.backward([grad], active * up, inner, mask, ctx.needs_input_grad[4:])
+        d_up = active * dx
+        d_gate = torch.ops.aten.silu_backward(dx.mul_(up), gate)
+        return d_gate, d_up, grad, None, *found
+
+
+def gated_add(gate: Tensor, up: Tensor, residual: Tensor, projection: Projection) -> Tensor:
+    """Return `residual` (N × D) plus the projection of silu(gate) * up (N × K): the second half of a gated MLP."""
+    flat = _flat((projection,))
+    result: Tensor = _GatedAdd.apply(gate, up, residual, _settings((projection,)), *flat)  # type: ignore[no-untyped-call]
+    return result
+
+
+class Rotation(NamedTuple):
+    """Rotary position embedding of N rows: cosines and sines (N × E), the sines of the first half negated."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @staticmethod
+    def of(cos: Tensor, sin: Tensor) -> Rotation:
+        """Return the rotation for cosines and sines as transformers gives them (N × E, halves equal)."""
+        half = sin.shape[-1] // 2
+        return Rotation(cos, torch.cat((-sin[:, :half], sin[:, half:]), -1))
+
+    def wide(self, heads: int) -> Rotation:
+        """Return the rotation of rows that hold several heads (N × (heads E)): whole rows multiply fastest."""
+        return Rotation(self.cos.repeat(1, heads), self.sin.repeat(1, heads))
+
+
+def _swapped(x: Tensor, size: int) -> Tensor:
+    """Return rows (N × (heads E)) with the two halves of every head exchanged."""
+    return x.view(x.shape[0], -1, 2, size // 2).flip(2).view_as(x)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, size: int) -> Tensor:
+        ctx.size = size
+        ctx.save_for_backward(cos, sin)
+        return (x * cos).addcmul_(_swapped(x, size), sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        return (grad * cos).addcmul_(_swapped(grad.contiguous(), ctx.size), sin, value=-1), None, None, None
+
+
+def rotate(x: Tensor, rotation: Rotation, size: int) -> Tensor:
+    """Return rows of heads of `size` (N × (heads E)), each head rotated (Su et al., 2021, equation 34)."""
+    result: Tensor = _Rotate.apply(x, rotation.cos, rotation.sin, size)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _by_key_head(x: Tensor, batch: int, key_heads: int, size: int) -> Tensor:
+    """Return rows (N × (heads E)) as (B * key heads) × (G T) × E: queries that share keys lie together."""
+    length = x.shape[0] // batch
+    parts = x.view(batch, length, key_heads, -1, size).permute(0, 2, 3, 1, 4)
+    return parts.reshape(batch * key_heads, -1, size)
+
+
+def _as_rows(x: Tensor, batch: int, length: int) -> Tensor:
+    """Undo `_by_key_head`."""
+    size = x.shape[-1]
+    parts = x.view(batch, x.shape[0] // batch, -1, length, size).permute(0, 3, 1, 2, 4)
+    return parts.reshape(batch * length, -1)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, layout: Any) -> Tensor:
+        batch, key_heads, size, scale = layout
+        q, k, v = (_by_key_head(x, batch, key_heads, size) for x in (q, k, v))
+        length, groups = k.shape[1], q.shape[1] // k.shape[1]
+        shift = mask.repeat(groups, 1)[None]
+        weights = torch.baddbmm(shift, q, k.transpose(1, 2), alpha=scale).softmax(-1)
+        out = torch.bmm(weights, v)
+        ctx.layout = (batch, length, scale)
+        ctx.save_for_backward(q, k, v, weights, out)
+        return _as_rows(out, batch, length)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        q, k, v, weights, out = ctx.saved_tensors
+        batch, length, scale = ctx.layout
+        grad = _by_key_head(grad, batch, len(k) // batch, k.shape[-1])
+        dv = torch.bmm(weights.transpose(1, 2), grad)
+        ds = torch.bmm(grad, v.transpose(1, 2)).sub_((grad * out).sum(-1, keepdim=True)).mul_(weights)
+        dq = torch.bmm(ds, k).mul_(scale)
+        dk = torch.bmm(ds.transpose(1, 2), q).mul_(scale)
+        return _as_rows(dq, batch, length), _as_rows(dk, batch, length), _as_rows(dv, batch, length), None, None
+
+
+class Layout(NamedTuple):
+    """How rows are heads: B sequences, key-value heads, head size E, and the factor of the attention scores."""
+
+    batch: int
+    key_heads: int
+    size: int
+    scale: float
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, layout: Layout) -> Tensor:
+    """Return what short sequences attend to, as rows (N × (H E)): plain products, softmax weights kept.
+
+    Args:
+        q: N × (H E).
+        k: N × (key heads E).
+        v: as k.
+        mask: added to the scores, T × T.
+        layout: of the rows.
+    """
+    result: Tensor = _Attend.apply(q, k, v, mask, tuple(layout))  # type: ignore[no-untyped-call]
+    return result
+
+
+def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, layout: Layout) -> Tensor:
+    """Return the same by torch's fused attention, which holds no T × T weights; `mask` B × T × T, None is causal."""
+    q, k, v = (x.view(layout.batch, -1, x.shape[1] // layout.size, layout.size).transpose(1, 2) for x in (q, k, v))
+    mask = None if mask is None else mask[:, None]
+    out = functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=layout.scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2).reshape(-1, q.shape[1] * layout.size)

@@ -1,0 +1,1 @@
+"""What the project promises in figures; each figure is a command, and RESULTS.md says what it gave."""
