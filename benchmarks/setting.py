@@ -68,6 +68,7 @@ def _study(args: Any, folder: Path) -> StudyConfig:
         "objective": {"search": names, "items": args.items, "select": 1, "allow_shared_splits": True},
         "report": {"tasks": names},
         "racing": {"enabled": False},
+        "fidelity": {"divergence": 0},
         "trial": {"calibration": calibration, "importance": args.importance, "recovery": recovery, "seed": args.seed},
         "seed": args.seed,
         "data_root": args.data_root,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_LENGTH = 2048  # of a model that states none, as lm-eval has it
 _UNSET_LENGTH = 10**18  # what tokenizers say who know no length
-_CPU_TOKENS, _DEVICE_TOKENS = 2_048, 32_768
+_CPU_TOKENS, _DEVICE_TOKENS = 1_024, 32_768
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
