@@ -11,7 +11,7 @@ from pathlib import Path
 
 from adasearch.placement import Machine
 
-PACKAGES = ("adasearch", "torch", "transformers", "optuna", "botorch", "ray", "datasets", "lm_eval", "peft", "pandas")
+PACKAGES = ("adasearch", "torch", "transformers", "optuna", "botorch", "ray", "datasets", "lm_eval", "pandas")
 _KIB = 1024
 
 

@@ -76,6 +76,7 @@ class Workbench:
 
     def __init__(self, study: StudyConfig, run: Path, threads: int) -> None:
         models.set_threads(threads)
+        models.keep_freed_memory()
         self.study = study
         self.run = run
         self.threads = threads

@@ -53,7 +53,7 @@ DOORS = {
     "huggingface_hub": ("models", "data", "tuning.export"),
     "safetensors": ("models", "pruning.statistics", "pruning.statistics_cache", "tuning.export", "loading"),
     "gguf": ("checkpoints", "tuning.export"),
-    "peft": ("tuning.recovery",),
+    "peft": (),  # what our updates are compared with
     "lm_eval": ("tuning.evaluation", "tuning.tasks", "tuning.items"),
     "datasets": ("data", "tuning.tasks"),
     "botorch": ("search.surrogate",),

@@ -173,6 +173,9 @@ def test_own_weights_are_equal_and_no_copies_until_they_are_written(checkpoint):
     assert not torch.equal(own[name], base.weights[name])
     assert torch.equal(models.open_base(checkpoint).weights[name], base.weights[name])
     assert models.own_weights(models.open_base(checkpoint, torch.float16)) is None
+    (checkpoint / "model.safetensors").unlink()
+    assert models.own_weights(base) is None
+    assert torch.equal(models.dense_model(base).model.embed_tokens.weight, base.weights[name])
 
 
 def _write_everywhere(folder, asked, told):
