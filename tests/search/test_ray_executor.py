@@ -23,7 +23,7 @@ from adasearch.search.executor import Outcome
 from adasearch.search.ray_executor import RayExecutor, _check_address, _loss, machines
 from tests.search import ray_workers
 
-SECONDS = 60.0
+SECONDS = 120.0
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -177,7 +177,7 @@ def test_a_task_past_its_time_is_killed_and_others_go_on(executor: RayExecutor, 
         executor.submit(key, ("sleep", 0.5), seconds=SECONDS)
     outcomes = collect(executor, 2)
     assert pid not in {outcome.value for outcome in outcomes.values()}
-    assert gone(pid, 10)
+    assert gone(pid, SECONDS)
 
 
 def test_an_error_of_the_factory_reaches_the_driver_without_a_restart(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_workers_share_a_gpu_of_a_cluster_in_fractions() -> None:
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=SECONDS,
         check=False,
     )
     assert found.stdout.splitlines() == ["0.3333 (0,)", "['0', '0', '0']"], found.stderr
@@ -338,7 +338,7 @@ def driver() -> Iterator[Driver]:
 
 def test_workers_go_when_their_driver_is_killed(driver: Driver) -> None:
     driver.process.kill()
-    assert gone(driver.worker, 10)
+    assert gone(driver.worker, SECONDS)
 
 
 def test_signals_are_the_drivers_own_and_end_it_without_noise(driver: Driver) -> None:
@@ -348,9 +348,9 @@ def test_signals_are_the_drivers_own_and_end_it_without_noise(driver: Driver) ->
     os.kill(driver.worker, signal.SIGINT)
     assert not gone(driver.worker, 0.5)
     driver.process.send_signal(signal.SIGINT)
-    out, err = driver.process.communicate(timeout=20)
+    out, err = driver.process.communicate(timeout=SECONDS)
     assert driver.process.returncode == -signal.SIGINT
-    assert gone(driver.worker, 10)
+    assert gone(driver.worker, SECONDS)
     assert out == ""
     assert err.strip().splitlines()[-1] == "KeyboardInterrupt"
     assert "ray::" not in err
