@@ -101,7 +101,8 @@ class Placement:
         found = []
         threads = self.workers * self.threads
         if threads > self._cores:
-            given = f"{self.workers} workers x {self.threads} threads are {threads} threads on {self._cores} cores"
+            who = f"{_count(self.workers, 'worker')} x {_count(self.threads, 'thread')}"
+            given = f"{who} are {threads} threads on {_count(self._cores, 'core')}"
             found.append(f"{given}: they slow each other down")
         memory = self.workers * self.need.memory + len(self.machines) * self.need.shared
         if memory > self._memory:

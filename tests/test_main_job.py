@@ -134,7 +134,7 @@ def test_validate_says_where_trials_would_run_and_what_does_not_fit(tmp_path, ti
     assert main(["validate", str(path)]) == 0
     out = capsys.readouterr().out
     assert "search: 3 workers x 64 threads, " in out
-    assert f"warning: 3 workers x 64 threads are 192 threads on {usable_cores()} cores" in out
+    assert f"warning: 3 workers x 64 threads are 192 threads on {usable_cores()} core" in out
     path = study_file(tmp_path, str(tiny_checkpoint), cluster={"workers": "auto"}, trials=4)
     assert main(["validate", str(path)]) == 0
     assert "search: 1 worker x " in capsys.readouterr().out, "four trials are too few for two workers"

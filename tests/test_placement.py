@@ -72,7 +72,8 @@ def test_what_is_stated_is_kept(machines, workers, threads, gpus, share):
     found = decide(stated, machines, SMALL, 1)
     assert (found.workers, found.threads, found.gpus, found.gpu_memory) == (workers, threads, gpus, share)
     cores = sum(m.cores for m in found.machines)
-    told = [w for w in found.warnings if f"{workers} workers x {threads} threads" in w and f"{cores} cores" in w]
+    given = f"{workers} worker{'s' * (workers > 1)} x {threads} thread{'s' * (threads > 1)} are "
+    told = [w for w in found.warnings if given in w and f" on {cores} core" in w]
     assert bool(told) == (workers * threads > cores)
 
 
