@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -134,8 +135,10 @@ class Component:
     options: Any
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the flat mapping that a YAML file holds."""
-        return {"type": self.type, **plain(self.options)}
+        """Return the flat mapping that a YAML file holds; settings that are components are flat too."""
+        items = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(self.options)}
+        parts = {name: item.to_dict() for name, item in items.items() if isinstance(item, Component)}
+        return {"type": self.type, **plain(self.options), **parts}
 
 
 def component(known: Registry, data: Any, where: str) -> Component:

@@ -26,7 +26,7 @@ from torch import Tensor
 from adasearch import data, models
 from adasearch.config import CalibrationConfig, ModelConfig, UnitsConfig
 from adasearch.pruning import architectures, calibration, statistics_cache
-from adasearch.pruning.statistics import FAMILIES, SUMS, Statistics
+from adasearch.pruning.statistics import FAMILIES, LARGE, SUMS, Statistics
 from adasearch.pruning.statistics_cache import Cache
 from adasearch.pruning.structure import ModelStructure
 
@@ -73,7 +73,7 @@ class Subject:
 
 def compare(subject: Subject, family: str, repeat: int) -> str:
     """Return a line: seconds of the plain pass, of ours, and their ratio."""
-    backward = family in SUMS
+    backward = family in SUMS or family in LARGE
     plain: dict[int, list[float]] = {budget: [] for budget in PLAIN_TOKENS}
     ours: list[float] = []
     needs = frozenset({family})

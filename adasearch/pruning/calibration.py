@@ -29,6 +29,7 @@ _EAGER_LENGTH = 256
 
 Accumulated = dict[tuple[str, str], Any]
 """Accumulators by family and place."""
+_Watch = contextlib.AbstractContextManager[None]
 
 
 def collect(
@@ -159,22 +160,44 @@ def _extend(held: Accumulated, family: str, place: str, *inputs: Tensor) -> None
 
 
 @contextlib.contextmanager
-def _features(model: nn.Module, structure: ModelStructure, families: set[str], held: Accumulated) -> Iterator[None]:
-    """Accumulate what each output projection reads, by its name."""
+def _reads(
+    model: nn.Module, modules: Mapping[str, str], families: set[str], held: Accumulated, *, whole: bool = False
+) -> Iterator[None]:
+    """Accumulate what modules read, by place: token by token (T × F), or in `whole` sequences (B × T × F)."""
 
-    def watch(module: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def watch(place: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach().flatten(0, -2)
+            x = inputs[0].detach()
             for family in families:
-                _extend(held, family, module, x)
+                _extend(held, family, place, x if whole else x.flatten(0, -2))
 
         return hook
 
     with contextlib.ExitStack() as stack:
-        for output in dict.fromkeys(group.output for group in structure.groups):
-            handle = model.get_submodule(output).register_forward_pre_hook(watch(output))
-            stack.callback(handle.remove)
+        for place, module in modules.items():
+            stack.callback(model.get_submodule(module).register_forward_pre_hook(watch(place)).remove)
         yield
+
+
+def _outputs(structure: ModelStructure) -> dict[str, str]:
+    return {group.output: group.output for group in structure.groups}
+
+
+def _features(model: nn.Module, structure: ModelStructure, families: set[str], held: Accumulated) -> _Watch:
+    """Accumulate what each output projection reads, by its name."""
+    return _reads(model, _outputs(structure), families, held)
+
+
+def _sequences(model: nn.Module, structure: ModelStructure, families: set[str], held: Accumulated) -> _Watch:
+    """Accumulate the same in whole sequences."""
+    return _reads(model, _outputs(structure), families, held, whole=True)
+
+
+def _inputs(model: nn.Module, structure: ModelStructure, families: set[str], held: Accumulated) -> _Watch:
+    """Accumulate what each group reads, by its name: the input of the first of its matrices whose rows are cut."""
+    # Later ones are overwritten by earlier ones.
+    first = {g.name: s.parameter for g in structure.groups for s in reversed(g.slices) if s.dim == 0}
+    return _reads(model, {name: p.rpartition(".")[0] for name, p in first.items()}, families, held)
 
 
 @contextlib.contextmanager
@@ -267,8 +290,10 @@ def _gradients(model: nn.Module, structure: ModelStructure, families: set[str], 
         yield
 
 
-_WATCHES: dict[str, Callable[..., contextlib.AbstractContextManager[None]]] = {
+_WATCHES: dict[str, Callable[..., _Watch]] = {
     "features": _features,
+    "sequences": _sequences,
+    "inputs": _inputs,
     "stream": _stream,
     "gradient": _gradients,
 }

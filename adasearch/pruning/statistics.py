@@ -4,9 +4,13 @@ Families of statistics (the strings that criteria, allocators and compensators n
 
 - ``moments``: mean and variance of every input feature of each group's output projection, over tokens.
 - ``covariance``: the uncentred Gram matrix X^T X of the same features.
+- ``votes``: norms of the same features in which every token, or every sequence, has an equal say.
+- ``inputs``: mean and variance of what those matrices of each group read whose rows belong to units (q, k, v; gate,
+  up).
 - ``cosine``: mean over tokens of the cosine between the residual stream before and after each layer and sublayer.
 - ``gradient``: W * dL/dW of each member matrix, summed per row of its cut dimension, with and without absolute value.
 - ``fisher``: the same with the diagonal empirical Fisher information F, the mean over sequences of squared gradients.
+- ``gradient_sum``, ``square_sum``: what the last two are read from, element by element.
 
 L is the mean over sequences of the mean next-token cross-entropy: no statistic depends on how sequences are batched.
 A family of `ACCUMULATORS` merges over samples. ``gradient`` and ``fisher`` do not, since they hold absolute values of
@@ -34,9 +38,9 @@ from torch import Tensor
 from adasearch.errors import DataError
 from adasearch.pruning import products
 
-Source = Literal["features", "stream", "gradient"]
-"""What an accumulator is fed with: inputs of output projections (`of`), the residual stream before and after a place
-(`of`), or gradients of member matrices (built by `calibration`)."""
+Source = Literal["features", "sequences", "inputs", "stream", "gradient"]
+"""What an accumulator is fed with: inputs of output projections, the same by sequence, what groups read, the residual
+stream before and after a place (all through `of`), or gradients of member matrices (built by `calibration`)."""
 
 
 def _batch_mean(x: Tensor) -> Tensor:
@@ -88,6 +92,45 @@ class Moments:
     def second_moment(self) -> Tensor:
         """Return the mean square of each feature (F)."""
         return self.variance + self.mean.square()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class InputMoments(Moments):
+    """Moments of the features that a group reads; all its matrices whose rows belong to units read the same."""
+
+    source: ClassVar[Source] = "inputs"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Votes:
+    """Sums over a sample in which all tokens, or all sequences, count the same (F, float64).
+
+    `token` is the sum over tokens of x_j^2 / ||x||^2, whose root is the score of GRIFFIN (arXiv 2404.01365);
+    `sequence` the sum over sequences of ||x_j||_2 over their tokens, that of 2SSP (arXiv 2501.17771) up to a factor.
+    """
+
+    source: ClassVar[Source] = "sequences"
+    count: int
+    token: Tensor
+    sequence: Tensor
+
+    @staticmethod
+    def of(x: Tensor) -> Votes:
+        """Return the sums over whole sequences (B × T × F, any float type)."""
+        squares = (x.float() if x.dtype.itemsize < 4 else x.double()).square()
+        # A token without any activation has no direction; the smallest float gives it no vote.
+        shares = squares / squares.sum(-1, keepdim=True).clamp_min(torch.finfo(squares.dtype).tiny)
+        sequence = squares.sum(1).sqrt().double().sum(0)
+        return Votes(count=x.shape[0] * x.shape[1], token=shares.flatten(0, 1).double().sum(0), sequence=sequence)
+
+    def extended(self, x: Tensor) -> Votes:
+        """Return the sums over this sample and the sequences of `x`."""
+        return self.merge(Votes.of(x))
+
+    def merge(self, other: Votes) -> Votes:
+        """Return the sums over both samples."""
+        count = self.count + other.count
+        return Votes(count=count, token=self.token + other.token, sequence=self.sequence + other.sequence)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -219,6 +262,8 @@ def gradient_rows(total: Tensor, squares: Tensor | None, weight: Tensor, dim: in
 ACCUMULATORS: dict[str, Any] = {
     "moments": Moments,
     "covariance": Covariance,
+    "votes": Votes,
+    "inputs": InputMoments,
     "cosine": Cosine,
     "gradient_sum": GradientSum,
     "square_sum": SquareSum,
@@ -229,9 +274,12 @@ SUMS: dict[str, frozenset[str]] = {
     "gradient": frozenset({"gradient_sum"}),
     "fisher": frozenset({"gradient_sum", "square_sum"}),
 }
-"""Families that are read from others, and from which; these are large (the size of the weights in float32)."""
+"""Families that are read from others, and from which."""
 
-FAMILIES = frozenset({*ACCUMULATORS, *SUMS} - frozenset().union(*SUMS.values()))
+LARGE = frozenset[str]().union(*SUMS.values())
+"""Families of the size of the weights in float32."""
+
+FAMILIES = frozenset({*ACCUMULATORS, *SUMS})
 """What criteria, allocators and compensators may need."""
 
 
@@ -278,6 +326,16 @@ class Statistics:
     def covariance(self, module: str) -> Covariance:
         """Return the covariance of the input features of `module`."""
         found: Covariance = self.value("covariance", module)
+        return found
+
+    def votes(self, module: str) -> Votes:
+        """Return the sums of the input features of `module` in which tokens, or sequences, count the same."""
+        found: Votes = self.value("votes", module)
+        return found
+
+    def inputs(self, group: str) -> Moments:
+        """Return the moments of the features that the matrices of a group read whose rows belong to units."""
+        found: Moments = self.value("inputs", group)
         return found
 
     def cosine(self, place: str) -> float:

@@ -6,7 +6,7 @@ renamed, so any number of processes may read, write and be killed at any time; a
 Samples of one key are nested: the first n sequences of a larger one are the sample of n. What a smaller sample left
 behind is therefore extended by the sequences that it lacks. A sample smaller than all that are stored is computed:
 keeping a sample in pieces, so that its beginnings could be read out, would multiply the files and the merging for the
-one direction in which computing is cheap. The families of ``SUMS`` hold numbers per weight, which only an extension
+one direction in which computing is cheap. The families of ``LARGE`` hold numbers per weight, which mostly an extension
 reads; they are kept where one of them takes a fair share of the folder, and are the first to go.
 """
 
@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 
 from adasearch.errors import DataError, StorageError
 from adasearch.pruning import statistics
-from adasearch.pruning.statistics import ACCUMULATORS, FAMILIES, Statistics
+from adasearch.pruning.statistics import FAMILIES, LARGE, Statistics
 
 _ABANDONED_SECONDS = 3600.0
 _PATIENCE = 600.0
@@ -36,8 +36,6 @@ _PATIENCE = 600.0
 _POLL = 0.05
 _SUMS_SHARE = 0.25
 """Of the folder, that the file of one family of sums may take."""
-
-_BASES = frozenset(ACCUMULATORS) - FAMILIES
 
 
 class Origin(Protocol):
@@ -111,7 +109,7 @@ class Cache:
             if start:
                 merged = statistics.merge(statistics.union(before.values()), merged)
             fresh = origin.read(merged, frozenset(family), sequences)
-            parts = {name: merged.only(name) for name in sorted(bases & _BASES)}
+            parts = {name: merged.only(name) for name in sorted(bases & LARGE)}
             parts = {name: part for name, part in parts.items() if _size(part) <= _SUMS_SHARE * self.max_bytes}
             parts |= {need: fresh.only(need) for need in sorted(family)}
             found |= {need: parts[need] for need in family} | self._keep(key, sequences, parts, frozenset(family))
@@ -211,7 +209,7 @@ def _write(part: Statistics, path: Path) -> None:
 def _shrink(folder: Path, max_bytes: int) -> None:
     """Delete what killed processes left behind, then sums, then the files used longest ago, until the rest fits."""
     files: list[tuple[bool, float, int, Path]] = []
-    kinds = {family: f".{family}.safetensors" for family in FAMILIES | _BASES}
+    kinds = {family: f".{family}.safetensors" for family in FAMILIES}
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another process shrinks the folder too
             state = path.stat()
@@ -219,7 +217,7 @@ def _shrink(folder: Path, max_bytes: int) -> None:
             if path.suffix in {".part", ".lock"} and time.time() - state.st_mtime > _ABANDONED_SECONDS:
                 path.unlink()  # whoever holds such a lock for so long may see its work done twice
             elif family is not None:
-                files.append((family not in _BASES, state.st_atime, state.st_size, path))
+                files.append((family not in LARGE, state.st_atime, state.st_size, path))
     total = sum(size for *_, size, _ in files)
     for *_, size, path in sorted(files):
         if total <= max_bytes:

@@ -12,7 +12,7 @@ from adasearch.pruning.structure import Group, ModelStructure, Slice
 from adasearch.registry import ALLOCATION, COMPENSATION, IMPORTANCE
 from tests.tiny import VOCABULARY, tiny_config, tiny_structure, tiny_weights
 
-NEEDS = frozenset({"moments", "covariance", "gradient", "fisher"})
+NEEDS = frozenset({"moments", "covariance", "votes", "inputs", "gradient", "fisher"})
 
 
 def tokens(samples=5, length=12, seed=0):

@@ -49,6 +49,19 @@ class TestCollect:
                     torch.testing.assert_close(rows, item.sum(1 - part.dim), rtol=1e-4, atol=1e-8)
 
     @pytest.mark.parametrize("family", FAMILIES)
+    def test_inputs_and_votes_equal_their_definition(self, family):
+        case = sample(family=family)
+        for group in case.structure.groups:
+            for name in ("gate_proj", "up_proj") if group.kind == "mlp" else ("q_proj", "k_proj", "v_proj"):
+                x = activations(case.model, f"{group.name}.{name}", case.tokens)
+                inputs = case.statistics.inputs(group.name)
+                torch.testing.assert_close(inputs.second_moment, x.square().mean(0))
+            x = activations(case.model, group.output, case.tokens)
+            votes = case.statistics.votes(group.output)
+            torch.testing.assert_close(votes.token, (x.square() / x.square().sum(1, keepdim=True)).sum(0))
+            torch.testing.assert_close(votes.sequence, x.unflatten(0, case.tokens.shape).norm(dim=1).sum(0))
+
+    @pytest.mark.parametrize("family", FAMILIES)
     def test_cosines_equal_their_definition(self, family):
         model, structure = _fresh(torch.float64, family)
         with torch.no_grad():

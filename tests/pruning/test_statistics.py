@@ -14,6 +14,7 @@ from adasearch.pruning.statistics import (
     Moments,
     SquareSum,
     Statistics,
+    Votes,
     damped,
     gradient_rows,
     merge,
@@ -82,6 +83,26 @@ class TestCovariance:
         x = _data(4).bfloat16()
         exact = x.double().T @ x.double() / 60
         torch.testing.assert_close(Covariance.of(x).matrix(), exact, rtol=1e-5, atol=1e-5)
+
+
+class TestVotes:
+    def test_equals_its_definition_and_merges(self):
+        x = _data(0).view(6, 10, 5)
+        whole = Votes.of(x)
+        assert whole.count == 60
+        shares = sum((row.square() / row.square().sum()).double() for row in x.flatten(0, 1))
+        torch.testing.assert_close(whole.token, shares, rtol=1e-6, atol=1e-9)
+        norms = sum(sequence.double().norm(dim=0) for sequence in x)
+        torch.testing.assert_close(whole.sequence, norms, rtol=1e-6, atol=1e-9)
+        parts = Votes.of(x[:2]).extended(x[2:5]).extended(x[5:])
+        assert parts.count == 60
+        _close(parts.token, whole.token)
+        _close(parts.sequence, whole.sequence)
+
+    def test_every_token_has_one_vote_and_a_silent_one_none(self):
+        x = _data(1).view(6, 10, 5) * torch.logspace(-3, 3, 10)[None, :, None]
+        x[2, 3] = 0
+        assert float(Votes.of(x).token.sum()) == pytest.approx(59, abs=1e-4)
 
 
 class TestDamped:

@@ -36,12 +36,13 @@ class Made:
         count = stop - first
         filled = {
             name: torch.full((self.size,), self.value * sum(range(first, stop)), dtype=torch.float64)
-            for name in ("total", "squares", "gram")
+            for name in ("total", "squares", "gram", "token", "sequence")
         }
         filled |= {name: torch.full((self.size,), self.value, dtype=torch.float64) for name in ("mean",)}
         filled["m2"] = torch.zeros(self.size, dtype=torch.float64)
         parts = {"gradient_sum": ["total"], "square_sum": ["squares"], "moments": ["mean", "m2"]}
-        parts |= {"covariance": ["mean", "gram"], "cosine": ["mean"]}
+        parts |= {"covariance": ["mean", "gram"], "cosine": ["mean"], "inputs": ["mean", "m2"]}
+        parts |= {"votes": ["token", "sequence"]}
         tensors = {f"{family}/m/{name}": filled[name].clone() for family in families for name in parts[family]}
         return Statistics(tokens=9 * count, tensors=tensors)
 

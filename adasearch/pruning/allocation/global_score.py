@@ -11,6 +11,7 @@ from adasearch.documents import Fraction, value
 from adasearch.errors import ConfigError
 from adasearch.pruning.allocation import AllocationContext
 from adasearch.pruning.projection import removal
+from adasearch.pruning.reduction import Normalise, normalised
 from adasearch.pruning.structure import Group
 from adasearch.registry import ALLOCATION
 
@@ -21,32 +22,17 @@ class GlobalScoreOptions:
 
     Args:
         normalise: of scores within a group, so that layers compare: ``zscore`` (s - mean) / std, ``l2`` s / ||s||,
-            ``minmax`` to [0, 1], ``mean`` s / mean |s|, or ``none``.
+            ``minmax`` to [0, 1], ``mean`` s / mean |s|, ``rank`` the share of the others that score lower, or ``none``.
         per_parameter: whether units compare by score per parameter (removing the least important parameters) or by
             score alone, as FLAP and LLM-Pruner do.
         scope: ``joint`` has one threshold; ``type`` has one for attention and one for MLPs, each paying its share.
         minimum: share of its units that each group keeps at least.
     """
 
-    normalise: Literal["none", "zscore", "l2", "minmax", "mean"] = "zscore"
+    normalise: Normalise = "zscore"
     per_parameter: bool = False
     scope: Literal["joint", "type"] = "joint"
     minimum: Fraction = 0.1
-
-
-def _normalised(scores: Tensor, how: str) -> Tensor:
-    tiny = torch.finfo(torch.float64).tiny  # keeps a group of equal scores finite
-    s = scores.double()
-    if how == "zscore":
-        spread = s.std() if len(s) > 1 else torch.zeros(())
-        return (s - s.mean()) / spread.double().clamp_min(tiny)
-    if how == "minmax":
-        return (s - s.min()) / (s.max() - s.min()).clamp_min(tiny)
-    if how == "l2":
-        return s / s.square().sum().sqrt().clamp_min(tiny)
-    if how == "mean":
-        return s / s.abs().mean().clamp_min(tiny)
-    return s
 
 
 def _steps(group: Group, scores: Tensor) -> Tensor:
@@ -86,7 +72,7 @@ def shape(context: AllocationContext, options: GlobalScoreOptions) -> dict[str, 
         ConfigError: the shares kept at least leave too little to remove.
     """
     groups = context.structure.groups
-    steps = {g.name: _steps(g, _normalised(context.scores[g.name], options.normalise)) for g in groups}
+    steps = {g.name: _steps(g, normalised(context.scores[g.name], options.normalise)) for g in groups}
     if options.per_parameter:
         # A score per parameter means something for scores >= 0 only; z-scores are lifted by the lowest of all.
         low = min(0.0, *(float(s.min()) for s in steps.values()))

@@ -12,19 +12,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import pydantic
 import torch
 from torch import Tensor
 
 from adasearch.config import Component
+from adasearch.config import component as parsed
 from adasearch.documents import fingerprint
-from adasearch.errors import TrialError
-from adasearch.pruning.statistics import Covariance, Moments, Statistics
+from adasearch.errors import ConfigError, TrialError
+from adasearch.pruning.statistics import Covariance, Moments, Statistics, Votes
 from adasearch.pruning.structure import Group, ModelStructure, Slice
 from adasearch.registry import IMPORTANCE
 
 Probe = Literal["all", "output"]
+
+
+def _criterion(data: Any) -> Component:
+    if isinstance(data, Component):
+        return data
+    try:
+        return parsed(IMPORTANCE, data, "")
+    except ConfigError as error:
+        raise ValueError(str(error)) from error  # which `parse` gives its place in the file
+
+
+Criterion = Annotated[Component, pydantic.PlainValidator(_criterion)]
+"""A setting that is itself a criterion: a name, or a mapping with the key ``type``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,12 +71,29 @@ class GroupView:
 
     def rows_of(self, parameter: str) -> Tensor:
         """Return the same by row of the cut dimension (U × rows per unit × elements per row, float32)."""
-        part = self._slice(parameter)
-        return self.weights[parameter].movedim(part.dim, 0).reshape(self.group.units, part.block, -1).float()
+        return self._rows(parameter, self.weights[parameter])
 
     def output_weight(self) -> Tensor:
         """Return the columns of the output projection by unit (U × B × D, float32)."""
         return self.rows_of(f"{self.group.output}.weight")
+
+    def gradients(self, parameter: str, over: Literal["mean", "rms"]) -> Tensor:
+        """Return the size of the gradients of the weights in `rows_of`, up to a factor that all units share.
+
+        That is the absolute value of their mean over sequences, or the root of their mean square.
+        """
+        if over == "mean":
+            return self._rows(parameter, self._known().value("gradient_sum", parameter).total).abs()
+        return self._rows(parameter, self._known().value("square_sum", parameter).squares).sqrt()
+
+    def norms(self, parameter: str) -> Tensor:
+        """Return sqrt(E[x^2]) of what the elements in `rows_of` are multiplied with, in a shape that multiplies them.
+
+        That is U × B × 1 (float64) for the output projection, 1 × 1 × elements per row for the others.
+        """
+        if parameter == f"{self.group.output}.weight":
+            return self.feature(self.moments().second_moment).sqrt()[..., None]
+        return self._known().inputs(self.group.name).second_moment.sqrt()[None, None]
 
     def moments(self) -> Moments:
         """Return the moments of the units' activations (U·B features); `feature` shapes them by unit."""
@@ -70,6 +102,10 @@ class GroupView:
     def covariance(self) -> Covariance:
         """Return the covariance of the units' activations (U·B features)."""
         return self._known().covariance(self.group.output)
+
+    def votes(self) -> Votes:
+        """Return the sums of the units' activations (U·B features) in which tokens, or sequences, count the same."""
+        return self._known().votes(self.group.output)
 
     def feature(self, values: Tensor) -> Tensor:
         """Return one value per input feature of the output projection (U·B) by unit (U × B)."""
@@ -85,6 +121,10 @@ class GroupView:
         seed = int(fingerprint([self.seed, self.group.name]), 16) % 2**63
         return torch.Generator().manual_seed(seed)
 
+    def _rows(self, parameter: str, matrix: Tensor) -> Tensor:
+        part = self._slice(parameter)
+        return matrix.movedim(part.dim, 0).reshape(self.group.units, part.block, -1).float()
+
     def _slice(self, parameter: str) -> Slice:
         return next(s for s in self.group.slices if s.parameter == parameter)
 
@@ -97,6 +137,12 @@ def needs(component: Component) -> frozenset[str]:
     """Return the families of statistics that a criterion with these options reads."""
     found: frozenset[str] = IMPORTANCE.get(component.type).facts["needs"](component.options)
     return found
+
+
+def score_by(component: Component, view: GroupView) -> Tensor:
+    """Return what one criterion makes of a group (U, float64): for criteria that are built from others."""
+    scores: Tensor = IMPORTANCE.get(component.type).function(view, component.options)
+    return scores.double()
 
 
 def score_all(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from adasearch.documents import value
 from adasearch.pruning.importance import GroupView, Probe
+from adasearch.pruning.reduction import Across, across
 from adasearch.registry import IMPORTANCE
 
 
@@ -25,7 +25,7 @@ class TaylorOptions:
 
     grain: Literal["element", "vector"] = "element"
     order: Literal["first", "second", "mix"] = "first"
-    reduce: Literal["sum", "mean", "max", "prod", "first", "last"] = "sum"
+    reduce: Across = "sum"
     probe: Probe = "all"
 
 
@@ -53,13 +53,5 @@ def score(view: GroupView, options: TaylorOptions) -> Tensor:
     Rows are summed within a unit before matrices are reduced: the matrices of a KV group have different numbers of
     rows. For `sum`, `mean`, `first` and `last` the order makes no difference.
     """
-    parts = torch.stack([_row_scores(view, name, options).sum(1) for name in view.members(options.probe)])
-    reductions = {
-        "sum": lambda: parts.sum(0),
-        "mean": lambda: parts.mean(0),
-        "max": lambda: parts.amax(0),
-        "prod": lambda: parts.prod(0),
-        "first": lambda: parts[0],
-        "last": lambda: parts[-1],
-    }
-    return reductions[options.reduce]()
+    parts = [_row_scores(view, name, options).sum(1) for name in view.members(options.probe)]
+    return across(parts, options.reduce)
