@@ -97,7 +97,14 @@ def decide(
     budget = bench.study.budget
     scores = importance.score_all(structure, bench.base.weights, statistics, config.importance, config.seed)
     biases = compensation.bias_modules(config.compensation, structure)
-    context = AllocationContext(structure=structure, budget=budget, scores=scores, statistics=statistics, biases=biases)
+    context = AllocationContext(
+        structure=structure,
+        budget=budget,
+        scores=scores,
+        statistics=statistics,
+        weights=bench.base.weights,
+        biases=biases,
+    )
     try:
         widths = project(structure, allocation.shape(context, config.allocation), budget, biases)
     except ConfigError as error:

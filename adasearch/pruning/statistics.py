@@ -403,7 +403,7 @@ def load(path: Path, *, verify: bool = True) -> Statistics:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last: torch's own, of a file deleted meanwhile
         raise DataError(f"{path}: must be a whole statistics file: {error}") from error
     if not metadata.get("tokens", "").isdigit() or (verify and metadata.get("crc32") != _checksum(tensors)):
         raise DataError(f"{path}: must be a whole statistics file: its checksum is not the one it was written with")

@@ -10,14 +10,16 @@ from adasearch.config import Component
 from adasearch.pruning import allocation
 from adasearch.pruning.allocation import AllocationContext
 from adasearch.pruning.projection import project
-from adasearch.pruning.statistics import FAMILIES
+from adasearch.pruning.statistics import FAMILIES, Statistics
 from adasearch.registry import ALLOCATION
-from tests.pruning.sample import budget, made_structure
+from tests.pruning.sample import budget, made_statistics, made_structure, made_weights
 
 
 @pytest.mark.parametrize("name", ALLOCATION.names())
 class TestAllocationContract:
     structure = made_structure(12, heads=4, partitions=2)
+    statistics = made_statistics(structure)
+    weights = made_weights(structure)
 
     def _component(self, name):
         return Component(type=name, options=ALLOCATION.get(name).options())
@@ -29,8 +31,14 @@ class TestAllocationContract:
     def _ratios(self, name, asked):
         return self._shape(name, self._scores(), asked)
 
-    def _shape(self, name, scores, asked):
-        context = AllocationContext(structure=self.structure, budget=asked, scores=scores, statistics=None)
+    def _shape(self, name, scores, asked, statistics=None):
+        context = AllocationContext(
+            structure=self.structure,
+            budget=asked,
+            scores=scores,
+            statistics=statistics or self.statistics,
+            weights=self.weights,
+        )
         return allocation.shape(context, self._component(name))
 
     def test_registers_its_file_name_and_frozen_options(self, name):
@@ -59,7 +67,14 @@ class TestAllocationContract:
 
     def test_is_deterministic_and_changes_nothing(self, name):
         scores = self._scores()
-        before = {k: s.clone() for k, s in scores.items()}
+        held = {**scores, **self.statistics.tensors, **self.weights}
+        before = {k: s.clone() for k, s in held.items()}
         one, two = (self._shape(name, scores, budget(0.2)) for _ in range(2))
         assert one == two
-        assert all(torch.equal(scores[k], before[k]) for k in before)
+        assert all(torch.equal(held[k], before[k]) for k in before)
+
+    def test_reads_no_more_than_it_needs(self, name):
+        needed = allocation.needs(self._component(name))
+        part = {k: t for k, t in self.statistics.tensors.items() if k.split("/")[0] in needed}
+        few = self._shape(name, self._scores(), budget(0.2), Statistics(tokens=100, tensors=part))
+        assert few == self._ratios(name, budget(0.2))

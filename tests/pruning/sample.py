@@ -8,6 +8,7 @@ import torch
 from adasearch.config import BudgetConfig, Component
 from adasearch.pruning import calibration, surgery
 from adasearch.pruning.plan import make_plan
+from adasearch.pruning.statistics import Statistics
 from adasearch.pruning.structure import Group, ModelStructure, Slice
 from adasearch.registry import ALLOCATION, COMPENSATION, IMPORTANCE
 from tests.tiny import VOCABULARY, tiny_config, tiny_structure, tiny_weights
@@ -104,6 +105,31 @@ def made_structure(layers, *, channels=40, heads=3, channel_cost=30, head_cost=4
         output_biases={g.output: biases for g in groups},
         lora_targets=(),
     )
+
+
+def made_statistics(structure, seed=0):
+    """Moments of every output projection and cosines of every layer and sublayer, at random."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for group in structure.groups:
+        features = group.units * group.output_block
+        tensors[f"moments/{group.output}/mean"] = torch.randn(features, generator=generator, dtype=torch.float64)
+        m2 = torch.randn(features, generator=generator, dtype=torch.float64).exp() * 100
+        tensors[f"moments/{group.output}/m2"] = m2
+        for place in (group.name, group.name.rpartition(".")[0]):
+            cosine = 0.5 + torch.rand((), generator=generator, dtype=torch.float64) / 2
+            tensors[f"cosine/{place}/mean"] = cosine
+    return Statistics(tokens=100, tensors=tensors)
+
+
+def made_weights(structure, seed=0, rows=8):
+    """Weights of the output projections (rows × features), at random with a few large entries."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for group in structure.groups:
+        noise = torch.randn(rows, group.units * group.output_block, generator=generator)
+        weights[f"{group.output}.weight"] = noise.pow(3)
+    return weights
 
 
 def budget(remove=0.2, **more):

@@ -200,7 +200,9 @@ class TestProject:
 
 
 def _ratios(structure, name, scores=None, asked=None, **options):
-    context = AllocationContext(structure=structure, budget=asked or budget(), scores=scores or {}, statistics=None)
+    context = AllocationContext(
+        structure=structure, budget=asked or budget(), scores=scores or {}, statistics=None, weights={}
+    )
     return allocation.shape(context, component("allocation", name, **options))
 
 

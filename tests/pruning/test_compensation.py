@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from adasearch.errors import TrialError
 from adasearch.pruning import compensation, surgery
+from adasearch.pruning.compensation.affine_out import scales
 from adasearch.pruning.compensation.least_squares import solve
 from adasearch.pruning.statistics import Statistics, damped
 from tests.pruning.sample import activations, component, sample
@@ -130,16 +131,17 @@ class TestLeastSquares:
                 assert objective(found + step) > least
             assert least <= objective(w[:, stays])
 
-    def test_leaves_less_error_than_bias_and_bias_less_than_none(self, case):
+    def test_leaves_less_error_than_affine_and_so_on_to_none(self, case):
         errors = {}
-        for name, options in (("none", {}), ("bias", {}), ("least_squares", {"with_bias": True, "damping": 1e-6})):
+        simple = (("none", {}), ("bias", {}), ("affine_out", {}))
+        for name, options in (*simple, ("least_squares", {"with_bias": True, "damping": 1e-6})):
             plan, _, model = _cut(case, name, **options)
             for group in case.structure.groups:
                 x, w, stays = _problem(case, plan, group)
                 error = (model.get_submodule(group.output)(x[:, stays]) - x @ w.T).square().sum()
                 errors.setdefault(group.name, []).append(float(error.detach()))
-        for none, bias, best in errors.values():
-            assert best < bias < none
+        for none, bias, affine, best in errors.values():
+            assert best < affine < bias < none
 
     def test_a_model_in_bfloat16_is_solved_in_float64(self):
         case = sample(dtype=torch.bfloat16)
@@ -184,6 +186,52 @@ class TestLeastSquares:
         stays = torch.tensor([True, True, False])
         with pytest.raises(TrialError, match=r"nan while in phase compensate: .* raise least_squares.damping"):
             solve(torch.ones(2, 3), torch.zeros(3, 3), stays)
+
+
+class TestAffineOut:
+    def test_is_a_line_fitted_to_each_output(self, case):
+        plan, plain, model = _cut(case, "affine_out")
+        for group in case.structure.groups:
+            x, w, stays = _problem(case, plan, group)
+            before, want = x[:, stays] @ w[:, stays].T, x @ w.T
+            module = model.get_submodule(group.output)
+            after = module(x[:, stays]).detach()
+            for i in range(len(w)):
+                line = torch.stack([before[:, i], torch.ones(len(x), dtype=torch.float64)], 1)
+                slope, shift = torch.linalg.lstsq(line, want[:, i : i + 1]).solution.flatten()
+                _close(after[:, i], slope * before[:, i] + shift, rtol=1e-3, atol=1e-4)
+                cut = plain.get_submodule(group.output).weight[i]
+                _close(module.weight[i].detach(), slope * cut, rtol=1e-3, atol=1e-4)
+
+    def test_the_mean_output_is_the_dense_one_and_what_is_left_is_uncorrelated(self, case):
+        plan, _, model = _cut(case, "affine_out")
+        for group in case.structure.groups:
+            x, w, stays = _problem(case, plan, group)
+            found, want = model.get_submodule(group.output)(x[:, stays]).detach(), x @ w.T
+            _close(found.mean(0), want.mean(0))
+            rest = want - found
+            _close((rest * (found - found.mean(0))).mean(0), torch.zeros(len(w), dtype=torch.float64), atol=1e-4)
+
+    def test_a_bias_that_was_there_is_kept(self):
+        case = sample()
+        plan, _, model = _cut(case, "affine_out")
+        again = surgery.cut(case.config, case.weights, case.structure, plan)
+        for group in case.structure.groups:
+            torch.nn.init.ones_(again.get_submodule(group.output).bias)
+        made = component("compensation", "affine_out")
+        compensation.apply(again, case.structure, plan, case.statistics, case.weights, made)
+        for group in case.structure.groups:
+            _close(again.get_submodule(group.output).bias, model.get_submodule(group.output).bias + 1)
+
+    def test_an_output_that_never_varies_keeps_its_scale(self):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(50, 4, generator=generator, dtype=torch.float64)
+        x[:, :2] = torch.tensor([3.0, -2.0])
+        x[:, 0] += 1e-5 * x[:, 3]  # below what float32 sums resolve
+        dense = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+        dense[2, :2] = 0
+        stays = torch.tensor([True, True, False, False])
+        assert torch.equal(scales(dense, x.T @ x / 50, x.mean(0), stays), torch.ones(3, dtype=torch.float64))
 
 
 class TestApply:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adasearch.config import BudgetConfig, Component
+from adasearch.pruning.projection import removal
 from adasearch.pruning.statistics import Statistics
 from adasearch.pruning.structure import ModelStructure
 from adasearch.registry import ALLOCATION
@@ -28,6 +29,7 @@ class AllocationContext:
         budget: what must go; the projection meets it whatever the allocator returns.
         scores: importance of each unit (U, higher = keep) by group name.
         statistics: holds at least what the allocator needs; None where it needs nothing.
+        weights: parameters of the dense model by full name.
         biases: output projections (module names) that compensation will give a bias.
     """
 
@@ -35,7 +37,33 @@ class AllocationContext:
     budget: BudgetConfig
     scores: Mapping[str, Tensor]
     statistics: Statistics | None
+    weights: Mapping[str, Tensor]
     biases: Collection[str] = ()
+
+    @property
+    def known(self) -> Statistics:
+        """Return the statistics, where the allocator needs some."""
+        assert self.statistics is not None, "this allocation must be given statistics"
+        return self.statistics
+
+    @property
+    def share(self) -> float:
+        """Return the fraction of the parameters of all groups that must go, 1 where that is more than there are."""
+        total = sum(g.width * g.step_cost for g in self.structure.groups)
+        return min(1.0, removal(self.structure, self.budget, self.biases) / total)
+
+    @property
+    def layer_paths(self) -> dict[int, str]:
+        """Return the module path of each layer that has groups, by its index."""
+        return {group.layer: group.name.rpartition(".")[0] for group in self.structure.groups}
+
+    def cosines(self) -> dict[int, float]:
+        """Return the mean cosine between the residual stream before and after each layer (family ``cosine``)."""
+        return {layer: self.known.cosine(path) for layer, path in self.layer_paths.items()}
+
+    def spread(self, ratios: Mapping[int, float]) -> dict[str, float]:
+        """Return the ratio of each group, by name, that follows from those of the layers, by index."""
+        return {group.name: ratios[group.layer] for group in self.structure.groups}
 
 
 def needs(component: Component) -> frozenset[str]:
