@@ -89,6 +89,18 @@ def _check_budget(study: StudyConfig, shape: ModelShape, where: str) -> ModelStr
     return structures[0]
 
 
+def _check_perplexity(study: StudyConfig) -> None:
+    """Refuse to take the perplexity of text that trials are calibrated or tuned on."""
+    if study.objective.allow_shared_splits:
+        return
+    used = {data.parse_corpus(corpus, study.data_root): key for corpus, key in corpora(study).items()}
+    for corpus in study.report.perplexity:
+        parsed = data.parse_corpus(corpus, study.data_root)
+        if parsed.whole and parsed in used:
+            problem = f"{corpus!r} is read whole and {used[parsed]} reads it too; name another split in one of them"
+            raise ConfigError("report.perplexity", problem)
+
+
 def _check_disk(folder: Path, parameters: int, models_kept: int) -> None:
     """Check that the disk has room for the weights, the statistics and the exports."""
     while not folder.exists():
@@ -125,6 +137,7 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
         for corpus, key in corpora(study).items():
             data.check_corpus(corpus, study.data_root, key)
         tasks.check_tasks(study)
+        _check_perplexity(study)
     except ConfigError as error:
         raise _located(error, where) from None
     try:
@@ -177,7 +190,14 @@ def machines(study: StudyConfig) -> tuple[Machine, ...]:
     return of_cluster(study.cluster.address)
 
 
-def place(study: StudyConfig, shape: ModelShape, offered: tuple[Machine, ...], *, finalists: bool = False) -> Placement:
+def place(
+    study: StudyConfig,
+    shape: ModelShape,
+    offered: tuple[Machine, ...],
+    *,
+    finalists: bool = False,
+    most: int | None = None,
+) -> Placement:
     """Return how many workers run a study's trials, or fine-tune its finalists, with what threads and GPUs each.
 
     Args:
@@ -185,6 +205,7 @@ def place(study: StudyConfig, shape: ModelShape, offered: tuple[Machine, ...], *
         shape: of the dense model.
         offered: by the machines, see `machines`.
         finalists: of the end of a run, which takes `finalize.workers`, or at most the workers of the search.
+        most: workers that are of use, None for what a search of the study can use.
     """
     gpu = study.cluster.gpus_per_worker != 0 and any(offer.gpus for offer in offered)
     half = gpu and study.model.dtype == "auto"
@@ -194,7 +215,7 @@ def place(study: StudyConfig, shape: ModelShape, offered: tuple[Machine, ...], *
     estimate = placement.fine_tune_need if recovery.type == "full" else placement.trial_need
     need = estimate(shape, size, tokens, gpu=gpu)
     if not finalists:
-        return placement.decide(study.cluster, offered, need, placement.most_workers(study.trials))
+        return placement.decide(study.cluster, offered, need, most or placement.most_workers(study.trials))
     searching = place(study, shape, offered).workers
     cluster = dataclasses.replace(study.cluster, workers=study.finalize.workers or "auto")
     return placement.decide(cluster, offered, need, searching)

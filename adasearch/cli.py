@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adasearch.errors import AdaSearchError
 
@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 INTERRUPTED = 130
+PRUNE_OPTIONS = {
+    "remove": (0.2, "fraction of all parameters that goes"),
+    "corpus": ("pydoc", "calibration and recovery read one part of it, perplexity another"),
+    "samples": (32, "calibration sequences of 128 tokens"),
+    "tokens": (0, "tokens of LoRA recovery after the cut, 0 for none"),
+    "seed": (0, "of all that is drawn"),
+}
+"""Options of `adasearch prune` beside model, recipe and folder: default and help, as in `adasearch.single.Order`."""
 
 
 def _say(text: str = "") -> None:
@@ -23,6 +31,21 @@ def _run(args: argparse.Namespace) -> None:
     from adasearch.run import run_study
 
     run_study(Path(args.study), out=Path(args.out) if args.out else None, say=_say)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from adasearch.run import compare_study
+
+    names = None if args.recipes is None else [name.strip() for name in args.recipes.split(",") if name.strip()]
+    compare_study(Path(args.study), recipes=names, out=Path(args.out) if args.out else None, say=_say)
+
+
+def _prune(args: argparse.Namespace) -> None:
+    from adasearch.documents import parse
+    from adasearch.single import Order, prune_model
+
+    given = {name: getattr(args, name) for name in ("model", "recipe", *PRUNE_OPTIONS)}
+    prune_model(parse(Order, given, "prune:"), Path(args.out) if args.out else None, _say)
 
 
 def _validate(args: argparse.Namespace) -> None:
@@ -82,6 +105,20 @@ def _doctor(_args: argparse.Namespace) -> None:
         _say(line)
 
 
+def _add_prune(commands: Any) -> None:
+    prune = commands.add_parser(
+        "prune",
+        help="one recipe on one model, without a search: an exported, verified model",
+        epilog="A recipe that fixes its own calibration or recovery keeps it.",
+    )
+    prune.add_argument("model", help="hub id, folder, file.gguf or package:name")
+    prune.add_argument("--recipe", required=True, help="name in search_spaces/recipes, or a path ending in .yaml")
+    prune.add_argument("--out", help="folder to make (default: runs/<model>-<recipe>-<remove>)")
+    for name, (default, text) in PRUNE_OPTIONS.items():
+        prune.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default: {default})")
+    prune.set_defaults(do=_prune)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     parser = argparse.ArgumentParser(
@@ -99,12 +136,21 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--out", help="run folder (default: runs/<study name>)")
     run.set_defaults(do=_run)
 
+    compare = commands.add_parser("compare", help="every published recipe on one model and budget: a leaderboard")
+    compare.add_argument("study", help="study file: model, budget, calibration, recovery and report items come from it")
+    compare.add_argument(
+        "--recipes", help="names, a comma between them (default: all in search_spaces/recipes and those of the study)"
+    )
+    compare.add_argument("--out", help="run folder (default: runs/<study name>-compare)")
+    compare.set_defaults(do=_compare)
+    _add_prune(commands)
+
     validate = commands.add_parser("validate", help="what would run, and what is wrong with it; loads no weights")
     validate.add_argument("study", help="study file")
     validate.set_defaults(do=_validate)
 
     one_run = {
-        "status": (_status, "trials done, running, stopped and failed, and the best so far"),
+        "status": (_status, "trials done, running, stopped and failed, and the best so far; or the leaderboard"),
         "report": (_report, "write leaderboard.csv and report.html again"),
         "rebuild": (_rebuild, "make study.db again from the trial records"),
     }
@@ -144,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"adasearch: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("adasearch: interrupted; the same command goes on where it was", file=sys.stderr)
+        print("adasearch: interrupted; nothing finished is lost, the same command takes it up", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         return 0

@@ -35,6 +35,7 @@ from adasearch.racing import FidelityConfig, RacingConfig, Rung
 from adasearch.registry import Registry, nearest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+RECIPES = "search_spaces/recipes"
 
 
 @value
@@ -268,7 +269,7 @@ class TrialResult:
         items: number of items scored.
         stopped: it was behind with confidence and stopped early.
         seconds: by phase.
-        peak_bytes: peak resident memory of the worker.
+        peak_bytes: peak resident memory of the worker during the trial, mapped base weights included.
         notes: facts for the reader, such as loss before and after recovery.
         rungs: what was known of it on its way, cheapest first.
     """
@@ -343,12 +344,17 @@ class StudyConfig:
         return fingerprint({key: data[key] for key in SEARCHED})
 
 
+def _roots(kind: str, near: Path) -> list[Path]:
+    """Return the folders that spaces or recipes are looked up in by name, the first one first."""
+    return [near.parent.parent / kind, Path(kind), REPOSITORY / kind]
+
+
 def _find(kind: str, name: str, near: Path, where: str) -> Path:
     """Return the file of a space or recipe: a path ending in ``.yaml``, or a name looked up in the folder `kind`."""
     if name.endswith((".yaml", ".yml")):
         tries = [near.parent / name, Path(name)]
     else:
-        tries = [root / f"{name}.yaml" for root in (near.parent.parent / kind, Path(kind), REPOSITORY / kind)]
+        tries = [root / f"{name}.yaml" for root in _roots(kind, near)]
     for path in tries:
         if path.is_file():
             return path
@@ -356,12 +362,17 @@ def _find(kind: str, name: str, near: Path, where: str) -> Path:
     raise ConfigError(where, f"no file for {name!r}; {nearest(name, known)}")
 
 
+def recipe_names(near: Path) -> tuple[str, ...]:
+    """Return the names of the recipes that a study in the file `near` may name, sorted."""
+    return tuple(sorted({file.stem for root in _roots(RECIPES, near) for file in root.glob("*.yaml")}))
+
+
 def load_recipe(name: str, near: Path, where: str) -> dict[str, Any]:
     """Return the recipe called `name` (``search_spaces/recipes/<name>.yaml``): a partial `TrialConfig` mapping.
 
     The keys `title`, `source` and `fidelity` are for readers and are left out.
     """
-    data = read_yaml(_find("search_spaces/recipes", name, near, where))
+    data = read_yaml(_find(RECIPES, name, near, where))
     return {key: item for key, item in data.items() if key not in {"title", "source", "fidelity"}}
 
 

@@ -64,6 +64,11 @@ class Corpus:
     split: str | None = None
     folder: str | None = None
 
+    @property
+    def whole(self) -> bool:
+        """Return whether perplexity reads all of it, as published figures do, and not its part ``report`` alone."""
+        return self.split not in {None, "train"}
+
 
 @value
 class TokenStream:
@@ -422,8 +427,7 @@ def perplexity_tokens(
         DataError: there are fewer.
     """
     source = parse_corpus(corpus, data_root)
-    whole = source.split not in {None, "train"}
-    texts = _rows(source) if whole else documents(corpus, "report", data_root)
+    texts = _rows(source) if source.whole else documents(corpus, "report", data_root)
     ids = _ids(tokenizer, "\n\n".join(texts))
     if len(ids) < least:
         raise DataError(f"corpus {corpus!r} holds {len(ids)} tokens for perplexity, {least} are needed")

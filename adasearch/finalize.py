@@ -1,26 +1,29 @@
-"""After the search: full fine-tune of the best configurations, choice on select items, report items once, export."""
+"""The end of a search, and all of a comparison: models are made, tuned, scored on report items and exported."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adasearch import data, registry
-from adasearch.config import StudyConfig, TaskScore, TrialConfig
+from adasearch import registry
+from adasearch.config import Component, FinalizeConfig, StudyConfig, TaskScore, TrialConfig
 from adasearch.documents import plain, value
 from adasearch.environment import versions
-from adasearch.errors import NoTrialError
+from adasearch.errors import ConfigError, DataError, NoTrialError, TrialError
 from adasearch.records import (
     DENSE,
+    Failure,
     FinalRecord,
     Record,
     ranked_finals,
     read_finals,
     read_records,
     state_writer,
+    write_failure,
     write_final,
     write_items,
 )
@@ -33,24 +36,53 @@ if TYPE_CHECKING:
 
     from adasearch.display import Display
     from adasearch.search.executor import Executor
+    from adasearch.tuning.items import Role
     from adasearch.workbench import Workbench
 
 ATTEMPTS = 2
+LONGER = 10
+"""How many times the seconds of a trial such a model may take: it has more items, and may be tuned for longer."""
 
 
 @value
 class FinalTask:
-    """One model to fine-tune, score on select and report items and export; `config` None is the dense model."""
+    """One model to make, score on items that no search saw, and perhaps export.
+
+    Args:
+        name: of its record and its export.
+        trial: see `FinalRecord`.
+        role: see `FinalRecord`.
+        recipe: the published recipe that it is, if any.
+        config: ``TrialConfig.to_dict()``, None for the dense model.
+        recovery: how it is tuned after the cut, None for the dense model.
+        items: on which items it is scored.
+        formats: in which it is exported.
+        command: what makes it again, for its model card.
+    """
 
     name: str
     trial: int
     role: str
-    recipe: str | None
-    config: dict[str, Any] | None
+    recipe: str | None = None
+    config: dict[str, Any] | None = None
+    recovery: Component | None = None
+    items: tuple[Role, ...] = ("select", "report")
+    formats: tuple[str, ...] = ()
+    command: str = ""
+
+    @property
+    def title(self) -> str:
+        """Return what the model is called in a line for the user."""
+        return self.recipe or self.name
 
 
-def finalists(records: list[Record], top: int) -> list[FinalTask]:
-    """Return what is finished after a search: the dense model, the `top` best trials, and the best recipe.
+def dense_task(items: tuple[Role, ...] = ("select", "report")) -> FinalTask:
+    """Return the task of scoring the dense model."""
+    return FinalTask(name="dense", trial=DENSE, role="dense", items=items)
+
+
+def finalists(records: list[Record], wanted: FinalizeConfig) -> list[FinalTask]:
+    """Return what is finished after a search: the dense model, the best trials, and the best recipe.
 
     Trials with equal configurations count once; a trial that was stopped early is never a finalist.
 
@@ -62,79 +94,105 @@ def finalists(records: list[Record], top: int) -> list[FinalTask]:
         raise NoTrialError("no trial was scored in full: nothing to fine-tune")
     ranked = sorted(full, key=lambda r: (-r.result.score if r.result else 0.0, r.number))
     distinct = {str(r.config): r for r in reversed(ranked)}.values()
-    chosen = {r.number: (r, "finalist") for r in [r for r in ranked if r in distinct][:top]}
+    chosen = {r.number: (r, "finalist") for r in [r for r in ranked if r in distinct][: wanted.top]}
     recipe = next((r for r in ranked if r.recipe), None)
     if recipe is not None:
         chosen.setdefault(recipe.number, (recipe, "recipe"))
-    dense = FinalTask(name="dense", trial=DENSE, role="dense", recipe=None, config=None)
-    return [dense] + [
-        FinalTask(name=f"trial{number}", trial=number, role=role, recipe=record.recipe, config=record.config)
+    return [dense_task()] + [
+        FinalTask(
+            name=f"trial{number}",
+            trial=number,
+            role=role,
+            recipe=record.recipe,
+            config=record.config,
+            recovery=wanted.recovery,
+            formats=wanted.formats,
+            command=f"adasearch replay RUN --trial {number}",
+        )
         for number, (record, role) in chosen.items()
     ]
 
 
 def run_final(task: FinalTask, bench: Workbench) -> FinalRecord:
-    """Fine-tune, score and export one model; its record is on disk before this returns.
+    """Make, score and export one model; its record is on disk before this returns.
 
     Raises:
-        TrialError: training or scoring gave no finite figures.
+        TrialError: it cannot be made, or training or scoring gave no finite figures.
     """
     folder = bench.run / "final" / task.name
     clock = Clock(state_writer(folder))
-    dense = bench.structure().parameters
-    pruned: Pruned | None = None
-    losses: tuple[float, ...] = ()
-    if task.config is not None:
-        config = TrialConfig.from_dict(task.config, "trial")
-        pruned = prune(config, bench, clock)
-        losses = recover(pruned, bench.study.finalize.recovery, config, bench, clock).losses
+    pruned, losses = _made(task, bench, clock)
     model = bench.dense() if pruned is None else pruned.model
-    parameters = dense if pruned is None else pruned.plan.parameters
-    clock.enter("select")
-    selected, _ = _score(model, bench, "select")
-    clock.enter("report")
-    reported, items = _score(model, bench, "report")
+    scores, items = _score(model, task, bench, clock)
     clock.enter("perplexity")
+    perplexity = _perplexity(model, bench)
+    dense = bench.structure().parameters
+    parameters = dense if pruned is None else pruned.plan.parameters
     record = FinalRecord(
         name=task.name,
         trial=task.trial,
         role=task.role,
         recipe=task.recipe,
-        selected=selected,
-        report=reported,
-        perplexity=_perplexity(model, bench),
+        selected=scores.get("select", ()),
+        report=scores.get("report", ()),
+        perplexity=perplexity,
         parameters=parameters,
         removed=1 - parameters / dense,
         seconds={},
         export=None,
         losses=losses,
     )
-    clock.enter("export")
-    export = _export(pruned, task, record, bench) if pruned is not None else None
+    if pruned is not None and task.formats:
+        clock.enter("export")
+        record = dataclasses.replace(record, export=_export(pruned, task, record, bench))
     clock.enter("done")
-    record = dataclasses.replace(record, seconds=clock.seconds, export=export)
+    bench.assert_unchanged()
+    del model, pruned
+    bench.release()
+    record = dataclasses.replace(record, seconds=clock.seconds, peak_bytes=clock.peak_bytes, gpu_bytes=clock.gpu_bytes)
     write_items(folder, items)
     write_final(bench.run, record)
     return record
 
 
-def _score(model: nn.Module, bench: Workbench, role: Any) -> tuple[tuple[TaskScore, ...], dict[str, np.ndarray]]:
-    """Return the scores of each task, and for the report's paired differences each item's margin and correctness."""
-    tasks = bench.items(role)
-    logliks = score_blocks(model, {name: task.encoded for name, task in tasks.items()})
+def _made(task: FinalTask, bench: Workbench, clock: Clock) -> tuple[Pruned | None, tuple[float, ...]]:
+    """Return the model of a task, cut and tuned, and its loss curve; no model for the dense one.
+
+    What a configuration asks for and cannot have is the failure of this model, and no reason to stop with the others.
+    """
+    if task.config is None:
+        return None, ()
+    assert task.recovery is not None, f"{task.name}: a configuration comes with its recovery"
+    try:
+        config = TrialConfig.from_dict(task.config, "trial")
+        pruned = prune(config, bench, clock)
+        return pruned, recover(pruned, task.recovery, config, bench, clock).losses
+    except (ConfigError, DataError) as error:
+        raise TrialError("config", str(error), clock.phase) from error
+
+
+def _score(
+    model: nn.Module, task: FinalTask, bench: Workbench, clock: Clock
+) -> tuple[dict[str, tuple[TaskScore, ...]], dict[str, np.ndarray]]:
+    """Return the scores of each role's tasks, and for paired differences margin and correctness of each report item."""
+    scores: dict[str, tuple[TaskScore, ...]] = {}
     values: dict[str, np.ndarray] = {}
-    for name, task in tasks.items():
-        values[name] = evaluation.item_values(task.items, logliks[name], "margin")
-        values[f"{name}#acc"] = evaluation.item_values(task.items, logliks[name], "acc_norm")
-    return task_scores(tasks, logliks), values
+    for role in task.items:
+        clock.enter(role)
+        tasks = bench.items(role)
+        logliks = score_blocks(model, {name: found.encoded for name, found in tasks.items()})
+        scores[role] = task_scores(tasks, logliks)
+        for name, found in tasks.items() if role == "report" else ():
+            values[name] = evaluation.item_values(found.items, logliks[name], "margin")
+            values[f"{name}#acc"] = evaluation.item_values(found.items, logliks[name], "acc_norm")
+    return scores, values
 
 
 def _perplexity(model: nn.Module, bench: Workbench) -> dict[str, float]:
     found: dict[str, float] = {}
-    report = bench.study.report
-    for corpus in report.perplexity:
-        tokens = data.perplexity_tokens(bench.base.tokenizer, corpus, bench.study.data_root)[: report.perplexity_tokens]
-        for window in report.windows:
+    for corpus in bench.study.report.perplexity:
+        tokens = bench.perplexity_tokens(corpus)
+        for window in bench.study.report.windows:
             if len(tokens) >= window:
                 found[f"{corpus}@{window}"] = evaluation.perplexity(model, tokens, window)
     return found
@@ -145,20 +203,20 @@ def _export(pruned: Pruned, task: FinalTask, record: FinalRecord, bench: Workben
     study = bench.study
     card = ModelCard(
         model=study.model.name,
-        study=study.name,
-        trial=task.trial,
+        study="" if task.role == "pruned" else study.name,
+        trial=None if task.role == "pruned" else task.trial,
         recipe=task.recipe,
         config=task.config,
         budget=plain(study.budget),
-        recovery=study.finalize.recovery.to_dict(),
+        recovery=task.recovery.to_dict() if task.recovery and task.recovery.type != "none" else None,
         record=record,
         dense=next((r for r in read_finals(bench.run) if r.role == "dense"), None),
         dense_parameters=bench.structure().parameters,
         seed=study.seed,
         versions=versions(),
-        command=f"adasearch replay RUN --trial {task.trial}",
+        command=task.command,
     )
-    for name in study.finalize.formats:
+    for name in task.formats:
         export = registry.EXPORT.get(name).function
         export(pruned.model, bench.base, pruned.structure, pruned.plan, folder, card, overwrite=True)
     return str(folder.relative_to(bench.run))
@@ -187,36 +245,43 @@ def finalize(study: StudyConfig, run: Path, executor: Executor, display: Display
     Raises:
         NoTrialError: no trial was scored in full, or no finalist could be finished.
     """
-    tasks = finalists(read_records(run), study.finalize.top)
-    known = {record.name for record in read_finals(run)}
-    waiting = {task.name: task for task in tasks if task.name not in known}
-    if waiting:
-        display.note(f"fine-tuning and scoring {len(waiting)} models on report items: {', '.join(waiting)}")
-    failures = _finish(waiting, executor, display, seconds=study.limits.trial_seconds * 10)
+    tasks = finalists(read_records(run), study.finalize)
+    failures = finish(tasks, run, executor, display, seconds=study.limits.trial_seconds * LONGER)
     ranked = place_exports(run)
     if not ranked:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+        reasons = "; ".join(f"{name}: {failure.kind}: {failure.message}" for name, failure in failures.items())
         raise NoTrialError(f"no finalist could be finished: {reasons or 'no reason recorded'}")
     return ranked
 
 
-def _finish(waiting: dict[str, FinalTask], executor: Executor, display: Display, *, seconds: float) -> dict[str, str]:
-    """Run all tasks, each again where its worker was lost, and return why the others failed, by name."""
+def finish(
+    tasks: Iterable[FinalTask], run: Path, executor: Executor, display: Display, *, seconds: float
+) -> dict[str, Failure]:
+    """Make every model that has no record in `run` yet, each again where its worker was lost.
+
+    Returns:
+        why models could not be made, by name; that is on disk too, and the next call tries them again.
+    """
+    known = {record.name for record in read_finals(run)}
+    waiting = {task.name: task for task in tasks if task.name not in known}
+    if waiting:
+        display.note(f"to make and score on report items: {', '.join(task.title for task in waiting.values())}")
     attempts = dict.fromkeys(waiting, 1)
-    failures: dict[str, str] = {}
+    failures: dict[str, Failure] = {}
     for name, task in waiting.items():
         executor.submit(name, task, seconds=seconds)
     open_tasks = set(waiting)
     while open_tasks:
         for outcome in executor.wait(1.0):
-            failure = outcome.failure
-            if failure is not None and failure.kind == "worker_lost" and attempts[outcome.key] < ATTEMPTS:
-                attempts[outcome.key] += 1
-                executor.submit(outcome.key, waiting[outcome.key], seconds=seconds)
+            name, failure = outcome.key, outcome.failure
+            if failure is not None and failure.kind == "worker_lost" and attempts[name] < ATTEMPTS:
+                attempts[name] += 1
+                executor.submit(name, waiting[name], seconds=seconds)
                 continue
-            open_tasks.discard(outcome.key)
+            open_tasks.discard(name)
             if failure is not None:
-                failures[outcome.key] = f"{failure.kind}: {failure.message}"
-            text = f"failed: {failures[outcome.key]}" if failure is not None else "scored"
-            display.note(f"final {len(waiting) - len(open_tasks)}/{len(waiting)}: {outcome.key} {text}")
+                failures[name] = failure
+                write_failure(run, name, failure)
+            text = f"failed: {failure.kind}: {failure.message}" if failure is not None else "scored"
+            display.note(f"[{len(waiting) - len(open_tasks)}/{len(waiting)}] {waiting[name].title}: {text}")
     return failures

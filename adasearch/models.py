@@ -97,6 +97,17 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def forget_gpu_peak() -> None:
+    """Let `gpu_peak` count from now on."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def gpu_peak() -> int:
+    """Return the greatest memory that this process's tensors took on its GPU since then (bytes), 0 without one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
 def gpu_sizes() -> tuple[int, ...]:
     """Return the memory of each CUDA device in bytes."""
     return tuple(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))

@@ -146,6 +146,34 @@ def bars(shares: Mapping[str, float]) -> str:
     return _svg(len(shares) * row + 6, "parameter importance", body)
 
 
+def ranking(rows: Sequence[tuple[str, Point]], *, name: str, dense: float | None = None) -> str:
+    """Return one line for each model, in the order given: a mark at its score, and a bar of one standard error.
+
+    Args:
+        rows: name of each model, and its score as the `y` of a point; at least one.
+        name: of the horizontal axis.
+        dense: value of the dense model, a dashed line.
+    """
+    row, room = 24.0, 190.0
+    bottom = TOP + len(rows) * row
+    ends = [p.y + sign * p.stderr for _, p in rows for sign in (-1, 1)] + ([] if dense is None else [dense])
+    x = _Axis(*_extent(ends), room, WIDTH - RIGHT)
+    body = []
+    for tick in ticks(x.low, x.high, 8):
+        body.append(_line(x(tick), TOP, x(tick), bottom, "grid"))
+        body.append(_text(x(tick), bottom + 16, _number(tick), "tick middle"))
+    body.append(_text((room + WIDTH - RIGHT) / 2, bottom + 34, name, "axis middle"))
+    if dense is not None:
+        body.append(_line(x(dense), TOP, x(dense), bottom, "dense"))
+    for i, (label, point) in enumerate(rows):
+        y = TOP + (i + 0.5) * row
+        body.append(_text(room - 8, y + 4, label if len(label) < 28 else label[:26] + "…", "label end"))
+        css = f"bar {escape(point.kind, quote=True)}"
+        body.append(_line(x(point.y - point.stderr), y, x(point.y + point.stderr), y, css))
+        body.append(_mark(x(point.y), y, point))
+    return _svg(bottom + BOTTOM, f"{name} by model", body)
+
+
 def layer_bars(kept: Mapping[str, Sequence[float]]) -> str:
     """Return the kept fraction of each layer as bars, one panel for each kind, full height = everything kept."""
     panel, gap = 110.0, 46.0

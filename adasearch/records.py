@@ -1,7 +1,8 @@
 """The durable records of a run: written once, atomically, checked when read. The study can be rebuilt from them.
 
 ``trials/<number>-<attempt>/result.json`` holds a `Record`; ``items.npz`` beside it the score of every item, by task.
-``final/<name>.json`` holds a `FinalRecord`. A file that fails its checksum counts as absent.
+``final/<name>.json`` holds a `FinalRecord`, ``final/<name>/failure.json`` why there is none. A file that fails its
+checksum counts as absent.
 """
 
 from __future__ import annotations
@@ -57,18 +58,20 @@ class Record:
 
 @value
 class FinalRecord:
-    """A finalist (or the dense model, or the best recipe) scored once on the report items.
+    """What became of one model at the end of a run: a finalist, the dense model, a recipe, or one pruned alone.
 
     Args:
-        name: ``dense``, or ``<rank>-trial<number>``.
-        trial: number of the trial, `DENSE` for the dense model.
-        role: ``dense``, ``finalist`` or ``recipe``.
-        selected: scores on the select items.
-        report: scores on the report items.
+        name: of its files; ``dense``, ``trial<number>``, or that of a recipe with the key of its configuration.
+        trial: number of the trial, or the place among the recipes compared; `DENSE` for the dense model.
+        role: ``dense``, ``finalist``, ``recipe`` (the best one, beside the finalists), ``compared`` or ``pruned``.
+        selected: scores on the select items, empty where it was not scored on them.
+        report: scores on the report items, empty likewise.
         perplexity: by ``<corpus>@<window>``.
         removed: fraction of all parameters removed.
-        export: folder of the export relative to the run, None for the dense model.
-        losses: loss curve of the full fine-tune.
+        export: folder of the export relative to the run, None where there is none.
+        losses: loss curve of its recovery.
+        peak_bytes: greatest memory of the worker while it was made and scored, the mapped base weights included.
+        gpu_bytes: greatest memory of the worker's tensors on a GPU, 0 without one.
     """
 
     name: str
@@ -83,6 +86,8 @@ class FinalRecord:
     seconds: dict[str, float]
     export: str | None
     losses: tuple[float, ...]
+    peak_bytes: int = 0
+    gpu_bytes: int = 0
 
 
 @contextlib.contextmanager
@@ -206,6 +211,19 @@ def read_finals(run: Path) -> list[FinalRecord]:
     paths = sorted((run / "final").glob("*.json"))
     found = (_parsed(FinalRecord, _read_checked(path), path) for path in paths)
     return [record for record in found if record is not None]
+
+
+def write_failure(run: Path, name: str, failure: Failure) -> None:
+    """Write why the model `name` could not be made; a record of it, once there is one, counts instead."""
+    _write_checked(run / "final" / name / "failure.json", failure)
+
+
+def read_failures(run: Path) -> dict[str, Failure]:
+    """Return why models without a record could not be made, by name."""
+    scored = {record.name for record in read_finals(run)}
+    paths = sorted((run / "final").glob("*/failure.json"))
+    found = {path.parent.name: _parsed(Failure, _read_checked(path), path) for path in paths}
+    return {name: failure for name, failure in found.items() if failure is not None and name not in scored}
 
 
 def ranked_finals(finals: Iterable[FinalRecord]) -> list[FinalRecord]:

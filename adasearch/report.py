@@ -75,12 +75,18 @@ class Findings:
     importance_note: str
 
 
+def report_score(score: TaskScore) -> tuple[float, float]:
+    """Return the acc_norm of a task where it has one, else its acc, and its standard error."""
+    if score.acc_norm is None or score.acc_norm_stderr is None:
+        return score.acc, score.acc_stderr
+    return score.acc_norm, score.acc_norm_stderr
+
+
 def mean_score(scores: Sequence[TaskScore]) -> tuple[float, float]:
-    """Return the mean over tasks of acc_norm where a task has it, else of acc, and its standard error."""
+    """Return the mean over tasks of `report_score`, and its standard error."""
     if not scores:
         return math.nan, math.nan
-    values = [s.acc if s.acc_norm is None else s.acc_norm for s in scores]
-    errors = [s.acc_stderr if s.acc_norm_stderr is None else s.acc_norm_stderr for s in scores]
+    values, errors = zip(*map(report_score, scores), strict=True)
     return float(np.mean(values)), float(np.sqrt(np.sum(np.square(errors))) / len(errors))
 
 
@@ -128,7 +134,11 @@ def _accuracies(run: Path, final: FinalRecord | None) -> dict[str, np.ndarray]:
     return {key.removesuffix(ACCURACY): x for key, x in (items or {}).items() if key.endswith(ACCURACY)}
 
 
-def _difference(run: Path, a: FinalRecord | None, b: FinalRecord | None, seed: int) -> Difference | None:
+def difference(run: Path, a: FinalRecord | None, b: FinalRecord | None, seed: int) -> Difference | None:
+    """Return the paired difference of two models' report scores, a - b; None where there is nothing to compare.
+
+    Over the items of both, as `paired_difference` does it.
+    """
     if a is None or b is None or a.name == b.name:
         return None
     found = paired_difference(_accuracies(run, a), _accuracies(run, b), seed)
@@ -181,8 +191,8 @@ def gather(run: Path, study: StudyConfig) -> Findings:
         finals=tuple(finals),
         best=best,
         recipe=recipe,
-        versus_dense=_difference(run, best, dense, study.seed),
-        versus_recipe=_difference(run, best, recipe, study.seed),
+        versus_dense=difference(run, best, dense, study.seed),
+        versus_recipe=difference(run, best, recipe, study.seed),
         importance=importance,
         importance_note=note,
     )
@@ -269,10 +279,11 @@ def report(run: Path, study: StudyConfig) -> Path:
     """Write ``report.html``, one file that needs nothing else, and return its path."""
     from adasearch.report_html import page
 
-    return _write_page(run, page(gather(run, study), run))
+    return write_page(run, page(gather(run, study), run))
 
 
-def _write_page(run: Path, text: str) -> Path:
+def write_page(run: Path, text: str) -> Path:
+    """Write ``report.html`` and return its path."""
     path = run / "report.html"
     write_atomically(path, text.encode())
     return path
@@ -288,7 +299,7 @@ def write_findings(run: Path, findings: Findings) -> Path:
     from adasearch.report_html import page
 
     _write_table(run, findings)
-    return _write_page(run, page(findings, run))
+    return write_page(run, page(findings, run))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

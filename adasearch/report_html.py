@@ -11,59 +11,23 @@ from adasearch import pictures
 from adasearch.config import TaskScore, TrialResult
 from adasearch.records import FinalRecord, Record
 from adasearch.report import Difference, Findings, dense_parameters_of, kept_widths, mean_score, ranked, state_of
+from adasearch.report_parts import (
+    budget_words,
+    card,
+    document,
+    duration,
+    figure,
+    html_table,
+    percent,
+    points,
+    section,
+    short_count,
+    signed_points,
+)
 from adasearch.report_rungs import FEW_TRIALS, control_group, rung_rows
-from adasearch.report_style import STYLE
 
 TOP_TRIALS = 10
 TABLE_TRIALS = 20
-
-
-def _percent(number: float, digits: int = 1) -> str:
-    return "–" if math.isnan(number) else f"{100 * number:.{digits}f} %"
-
-
-def _points(mean: float | None, stderr: float | None = None) -> str:
-    """Return a fraction as percent, with its standard error."""
-    if mean is None or math.isnan(mean):
-        return "–"
-    return f"{100 * mean:.1f}" + (f" ± {100 * stderr:.1f}" if stderr is not None else "")
-
-
-def _count(number: float | None) -> str:
-    if number is None or math.isnan(number):
-        return "–"
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.2f} {unit}"
-    return f"{number:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    if math.isnan(seconds):
-        return "–"
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """Return a table; rows have a class and cells of HTML; columns named ``<...`` range left, ``<<...`` also wrap."""
-    css = ["left" if name.startswith("<") or i == 0 else "" for i, name in enumerate(head)]
-    css = [f"{c} text" if name.startswith("<<") else c for c, name in zip(css, head, strict=True)]
-    heads = "".join(f'<th class="{c}">{escape(name.lstrip("<"))}</th>' for c, name in zip(css, head, strict=True))
-    body = ""
-    for kind, row in rows:
-        cells = "".join(f'<td class="{c}">{cell}</td>' for c, cell in zip(css, row, strict=True))
-        body += f'<tr class="{kind}">{cells}</tr>'
-    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _section(key: str, title: str, *parts: str) -> str:
-    return f'<section id="{key}"><h2>{escape(title)}</h2>{"".join(parts)}</section>'
-
-
-def _figure(svg: str, caption: str) -> str:
-    return f'<figure><div class="figure">{svg}</div><figcaption>{caption}</figcaption></figure>'
 
 
 def _name(final: FinalRecord) -> str:
@@ -71,15 +35,11 @@ def _name(final: FinalRecord) -> str:
     return escape(f"{final.recipe} (trial {final.trial})" if final.recipe else f"trial {final.trial}")
 
 
-def _card(figure: str, text: str) -> str:
-    return f'<div class="card"><b>{figure}</b><span>{text}</span></div>'
-
-
 def verdict(difference: Difference | None, other: str) -> str:
     """Return a sentence on a paired difference; without a difference that is shown it claims none."""
     if difference is None:
         return ""
-    mean, low, high = (f"{100 * x:+.1f}".replace("-", "−") for x in (difference.mean, difference.low, difference.high))
+    mean, low, high = map(signed_points, (difference.mean, difference.low, difference.high))
     span = f"{mean} points, 95 % interval {low} to {high}"
     if not difference.shown:
         return f"<p>Against {other}: <b>no difference shown</b> ({span}).</p>"
@@ -91,13 +51,13 @@ def _headline(f: Findings) -> str:
     if f.best is None:
         return _early_headline(f)
     score, stderr = mean_score(f.best.report)
-    cards = [_card(_points(score, stderr), f"report score of the best model, {_name(f.best)}")]
+    cards = [card(points(score, stderr), f"report score of the best model, {_name(f.best)}")]
     if f.dense is not None:
         whole, error = mean_score(f.dense.report)
-        cards.append(_card(_points(whole, error), "report score of the dense model"))
-        cards.append(_card(_percent(score / whole if whole else math.nan), "of the dense score retained"))
-    left = f"{_count(f.best.parameters)} left of {_count(dense_parameters_of(f))}"
-    cards.append(_card(_percent(f.best.removed), f"of all parameters removed, {left}"))
+        cards.append(card(points(whole, error), "report score of the dense model"))
+        cards.append(card(percent(score / whole if whole else math.nan), "of the dense score retained"))
+    left = f"{short_count(f.best.parameters)} left of {short_count(dense_parameters_of(f))}"
+    cards.append(card(percent(f.best.removed), f"of all parameters removed, {left}"))
     words = verdict(f.versus_dense, "the dense model")
     if f.recipe is not None and f.recipe.name == f.best.name:
         words += "<p>The best model is a published recipe: the search found nothing better on the select items.</p>"
@@ -111,11 +71,11 @@ def _headline(f: Findings) -> str:
 def _early_headline(f: Findings) -> str:
     """Return what can be said before any finalist is scored: no promise."""
     scored = [r for r in f.records if state_of(r) == "complete"]
-    cards = [_card(f"{len(f.records)}", f"of {f.study.trials} trials on record, {len(scored)} scored in full")]
+    cards = [card(f"{len(f.records)}", f"of {f.study.trials} trials on record, {len(scored)} scored in full")]
     best = max(scored, key=lambda r: r.result.score if r.result else 0.0, default=None)
     if best is not None and best.result is not None:
         text = f"best search score, trial {best.number}; an optimistic estimate"
-        cards.append(_card(f"{best.result.score:.3f} ± {best.result.stderr:.3f}", text))
+        cards.append(card(f"{best.result.score:.3f} ± {best.result.stderr:.3f}", text))
     return f'<div class="cards">{"".join(cards)}</div><p>No finalist has been scored on the report items yet.</p>'
 
 
@@ -129,13 +89,13 @@ def _task_rows(columns: Sequence[FinalRecord]) -> list[tuple[str, list[str]]]:
             cells = []
             for scores in by_task:
                 s = scores.get(task)
-                cells.append(_points(getattr(s, metric), getattr(s, f"{metric}_stderr")) if s else "–")
+                cells.append(points(getattr(s, metric), getattr(s, f"{metric}_stderr")) if s else "–")
             if any(cell != "–" for cell in cells):
                 number = next(s[task].n for s in by_task if task in s)
                 first = f'{escape(task)} <span class="soft">({number:,} items)</span>' if metric == "acc" else ""
                 block.append([first, metric, *cells])
         rows += [("more" if i < len(block) - 1 else "", cells) for i, cells in enumerate(block)]
-    rows.append(("total", ["mean", "acc_norm, else acc", *(_points(*mean_score(c.report)) for c in columns)]))
+    rows.append(("total", ["mean", "acc_norm, else acc", *(points(*mean_score(c.report)) for c in columns)]))
     return rows
 
 
@@ -163,7 +123,7 @@ def _scores(f: Findings) -> str:
         "<p>Zero-shot, percent ± standard error over items. The report score is the mean over tasks of "
         "<code>acc_norm</code> where a task has it, else of <code>acc</code>; every task weighs the same.</p>"
     )
-    parts = [rule, _table(["task", "<metric", *_heads(f)], _task_rows(columns))]
+    parts = [rule, html_table(["task", "<metric", *_heads(f)], _task_rows(columns))]
     corpora = sorted({name for c in columns for name in c.perplexity})
     if corpora:
         rows = []
@@ -171,8 +131,8 @@ def _scores(f: Findings) -> str:
             found = [f"{c.perplexity[name]:.2f}" if name in c.perplexity else "–" for c in columns]
             rows.append(("", [escape(name), *found]))
         parts.append("<h3>Perplexity</h3>")
-        parts.append(_table(["corpus@window in tokens", *_heads(f)], rows))
-    return _section("scores", "Scores on report items", *parts)
+        parts.append(html_table(["corpus@window in tokens", *_heads(f)], rows))
+    return section("scores", "Scores on report items", *parts)
 
 
 def _finalists(f: Findings) -> str:
@@ -185,15 +145,15 @@ def _finalists(f: Findings) -> str:
         score, stderr = mean_score(final.report)
         select = [s.margin for s in final.selected]
         rank_cell = str(rank) if final.role == "finalist" else "–"
-        cells = [rank_cell, _name(final), f"{sum(select) / len(select):.3f}" if select else "–", _points(score, stderr)]
-        cells += [_percent(score / whole if whole else math.nan), _count(final.parameters)]
-        cells += [_percent(final.removed), _duration(sum(final.seconds.values())), escape(final.export or "–")]
+        cells = [rank_cell, _name(final), f"{sum(select) / len(select):.3f}" if select else "–", points(score, stderr)]
+        cells += [percent(score / whole if whole else math.nan), short_count(final.parameters)]
+        cells += [percent(final.removed), duration(sum(final.seconds.values())), escape(final.export or "–")]
         rows.append(("strong" if rank == 1 else "", cells))
     head = ["rank", "<model", "select margin", "report score", "retained", "parameters", "removed", "time", "<export"]
     note = (
         "<p>Fine-tuned in full, ranked by their margin on the select items; report items had no say in the order.</p>"
     )
-    return _section("finalists", "Finalists", note, _table(head, rows))
+    return section("finalists", "Finalists", note, html_table(head, rows))
 
 
 def _kind(record: Record) -> str:
@@ -246,11 +206,11 @@ def _history(f: Findings) -> str:
         "Bars are one standard error over items. These scores are optimistic: <a href='#meaning'>what they mean</a>."
     )
     best = [_trial_row(i, r) for i, r in enumerate(ranked(f)[:TABLE_TRIALS], start=1) if r.result is not None]
-    table = _table(["#", "<trial", "search score", "parameters", "time", "<state", "<<configuration"], best)
+    table = html_table(["#", "<trial", "search score", "parameters", "time", "<state", "<<configuration"], best)
     title = f"<h3>The {len(best)} best trials</h3>" if len(best) < len(marks) else "<h3>All scored trials</h3>"
     if f.finals:
         title += '<p class="soft">Finalists first, in their final order; the others by search score.</p>'
-    return _section("history", "Search", _KEY, lines, _figure(svg, caption), title, table)
+    return section("history", "Search", _KEY, lines, figure(svg, caption), title, table)
 
 
 def _brief(record: Record) -> str:
@@ -269,9 +229,9 @@ def _trial_row(place: int, record: Record) -> tuple[str, list[str]]:
     assert record.result is not None
     name = f"{record.number}" + (f" ({record.recipe})" if record.recipe else "")
     score = f"{record.result.score:.4f} ± {record.result.stderr:.4f}"
-    cells = [str(place), escape(name), score, _count(record.result.parameters)]
+    cells = [str(place), escape(name), score, short_count(record.result.parameters)]
     seconds = sum(record.result.seconds.values())
-    return "", [*cells, _duration(seconds), state_of(record), _brief(record)]
+    return "", [*cells, duration(seconds), state_of(record), _brief(record)]
 
 
 def _time(f: Findings) -> str:
@@ -284,12 +244,10 @@ def _time(f: Findings) -> str:
         for phase, seconds in (record.result.seconds if record.result else {}).items():
             phases[phase] = phases.get(phase, 0.0) + seconds
     total = sum(phases.values()) or 1.0
-    rows = [
-        ("", [escape(p), _duration(s), _percent(s / total)]) for p, s in sorted(phases.items(), key=lambda x: -x[1])
-    ]
+    rows = [("", [escape(p), duration(s), percent(s / total)]) for p, s in sorted(phases.items(), key=lambda x: -x[1])]
     caption = "Does a longer recovery pay? Points to the right cost more."
-    table = _table(["phase", "all trials together", "share"], rows)
-    return _section("time", "Score and time", _KEY, "</div>", _figure(svg, caption), table)
+    table = html_table(["phase", "all trials together", "share"], rows)
+    return section("time", "Score and time", _KEY, "</div>", figure(svg, caption), table)
 
 
 def _rungs(f: Findings) -> str:
@@ -301,11 +259,11 @@ def _rungs(f: Findings) -> str:
     marks, picture = _marks(f.records, _divergence), ""
     if len(marks) > 1:
         svg = pictures.scatter(marks, names=("divergence from the dense model, nats per token", "search score"))
-        picture = _KEY + "</div>" + _figure(svg, "Measured right after the cut, before the recovery.")
+        picture = _KEY + "</div>" + figure(svg, "Measured right after the cut, before the recovery.")
     rows = []
     for row in found:
         known = f"needs {FEW_TRIALS} trials" if row.correlation is None else f"{row.correlation:+.2f}"
-        rows.append(("", [row.label, str(row.trials), _duration(row.seconds), _percent(row.share), known]))
+        rows.append(("", [row.label, str(row.trials), duration(row.seconds), percent(row.share), known]))
     note = (
         "<p>Rank correlation is Spearman's with the final search score; +1 means that the rung ranks the trials as "
         "that score does. A rung after the recovery shares its items with the final score, which flatters it.</p>"
@@ -314,14 +272,14 @@ def _rungs(f: Findings) -> str:
     control = (
         f"<p>{spared} trials that were behind went on as a control; {ahead} of them ended ahead of their rival.</p>"
     )
-    table = _table(["rung", "trials", "time", "share of a trial", "rank correlation"], rows)
-    return _section("rungs", "What is known early", picture, table, note, control if spared else "")
+    table = html_table(["rung", "trials", "time", "share of a trial", "rank correlation"], rows)
+    return section("rungs", "What is known early", picture, table, note, control if spared else "")
 
 
 def _importance(f: Findings) -> str:
-    picture = _figure(pictures.bars(f.importance), escape(f.importance_note)) if f.importance else ""
+    picture = figure(pictures.bars(f.importance), escape(f.importance_note)) if f.importance else ""
     note = "" if f.importance else f'<p class="soft">{escape(f.importance_note)}</p>'
-    return _section("importance", "Which parameters matter", picture, note)
+    return section("importance", "Which parameters matter", picture, note)
 
 
 def _widths(f: Findings) -> str:
@@ -329,19 +287,19 @@ def _widths(f: Findings) -> str:
     if not rows:
         return ""
     best = rows[0]
-    parts = [_figure(pictures.layer_bars(best.kept), f"Kept by the best, {escape(best.label)}. Hover for figures.")]
+    parts = [figure(pictures.layer_bars(best.kept), f"Kept by the best, {escape(best.label)}. Hover for figures.")]
     for kind in sorted(best.kept):
         strips = [(row.label, row.kept.get(kind, ())) for row in rows]
         title = escape(pictures.TITLES.get(kind, kind))
         caption = f"{title} units kept by the {len(rows)} best trials, best first: the stronger, the more is kept."
-        parts.append(_figure(pictures.heatmap(strips, kind), caption))
-    return _section("widths", "What was kept, layer by layer", *parts)
+        parts.append(figure(pictures.heatmap(strips, kind), caption))
+    return section("widths", "What was kept, layer by layer", *parts)
 
 
 def _failures(f: Findings) -> str:
     failed = [r for r in f.records if r.failure is not None and r.result is None]
     if not failed:
-        return _section("failures", "Failures", "<p>No trial failed.</p>")
+        return section("failures", "Failures", "<p>No trial failed.</p>")
     rows = []
     for r in failed:
         assert r.failure is not None
@@ -349,8 +307,8 @@ def _failures(f: Findings) -> str:
         name = f"{r.number}" + (f" ({r.recipe})" if r.recipe else "")
         cells = [escape(name), escape(r.failure.kind), escape(r.failure.phase or "–"), str(r.attempt + 1), message]
         rows.append(("", cells))
-    table = _table(["trial", "<kind", "<phase", "attempts", "<<reason"], rows)
-    return _section("failures", "Failures", f"<p>{len(failed)} of {len(f.records)} trials gave no score.</p>", table)
+    table = html_table(["trial", "<kind", "<phase", "attempts", "<<reason"], rows)
+    return section("failures", "Failures", f"<p>{len(failed)} of {len(f.records)} trials gave no score.</p>", table)
 
 
 def _meaning(f: Findings) -> str:
@@ -373,7 +331,7 @@ def _meaning(f: Findings) -> str:
         "<b>No difference shown</b> means that the 95 % interval of the paired difference holds 0. It is no proof that "
         "two models are equal: with more report items a difference may show."
     )
-    return _section(
+    return section(
         "meaning", "What the scores mean", *(f"<p>{text}</p>" for text in (used, margin, bias, stopped, interval))
     )
 
@@ -395,7 +353,7 @@ def _next(f: Findings, run: Path) -> str:
     )
     where = '<p class="soft">From the folder that holds the run:</p>'
     shell = f"<pre><code>{escape(chr(10).join(lines))}</code></pre>"
-    return _section("next", "What to do next", python, where, shell, more)
+    return section("next", "What to do next", python, where, shell, more)
 
 
 def page(findings: Findings, run: Path) -> str:
@@ -419,16 +377,5 @@ def page(findings: Findings, run: Path) -> str:
         "meaning": "Meaning",
         "next": "Next",
     }
-    there = [(key, title) for key, title in titles.items() if any(f'<section id="{key}">' in s for s in sections)]
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, title in there)
-    of = "all" if study.budget.of == "all" else "non-embedding"
-    budget = f"remove {100 * study.budget.remove:g} % of {of} parameters"
-    line = f"{study.model.name} · {budget} · {study.trials} trials · seed {study.seed}"
-    head = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{escape(study.name)}: adasearch report</title><style>{STYLE}</style></head>"
-    )
-    top = f'<header><h1>{escape(study.name)}</h1><p class="soft">{escape(line)}</p><nav>{links}</nav></header>'
-    return f"{head}<body><main>{top}{_headline(findings)}{''.join(sections)}</main></body></html>\n"
+    line = f"{study.model.name} · {budget_words(study.budget)} · {study.trials} trials · seed {study.seed}"
+    return document(study.name, line, _headline(findings), sections, titles)

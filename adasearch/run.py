@@ -1,4 +1,4 @@
-"""The main job: check everything, search, fine-tune and export the best, write it up. Goes on where it was."""
+"""The jobs on a run folder: search and finish it, or compare recipes; check everything first, go on where it was."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import json
 import logging
 import os
 from pathlib import Path
@@ -16,11 +17,11 @@ from adasearch.config import StudyConfig, load_study
 from adasearch.display import open_display
 from adasearch.documents import plain
 from adasearch.environment import machine, versions
-from adasearch.errors import ConfigError
+from adasearch.errors import ConfigError, StorageError
 from adasearch.records import DENSE, read_records, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from adasearch.placement import Placement
     from adasearch.search.executor import Executor
@@ -57,11 +58,8 @@ def _going_on(study: StudyConfig, run: Path) -> StudyConfig:
     return study
 
 
-def _place(study: StudyConfig, checked: Checked) -> tuple[StudyConfig, Placement, Placement]:
-    """Return the study with its workers decided, and where its trials and its finalists run."""
-    offered = machines(study)
-    placed = place(study, checked.shape, offered)
-    last = place(study, checked.shape, offered, finalists=True)
+def _placed(study: StudyConfig, placed: Placement) -> StudyConfig:
+    """Return the study with its workers decided."""
     cluster = dataclasses.replace(
         study.cluster,
         workers=placed.workers,
@@ -69,15 +67,43 @@ def _place(study: StudyConfig, checked: Checked) -> tuple[StudyConfig, Placement
         gpus_per_worker=placed.gpus,
         gpu_memory=placed.gpu_memory,
     )
-    return dataclasses.replace(study, cluster=cluster), placed, last
+    return dataclasses.replace(study, cluster=cluster)
 
 
-def _write_manifest(run: Path, study: StudyConfig, checked: Checked, placements: dict[str, Placement]) -> None:
+def _say_placement(placed: Placement, say: Callable[[str], None]) -> None:
+    for line in (placed.summary, *(f"warning: {warning}" for warning in placed.warnings)):
+        say(line)
+
+
+def job_of(run: Path) -> str | None:
+    """Return what a run folder is for, ``run`` or ``compare``, None where that is not known yet."""
+    try:
+        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+        return str(manifest.get("job", "run"))
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _check_job(run: Path, job: str) -> None:
+    """Make sure that a run folder is new or for `job`.
+
+    Raises:
+        StorageError: it is for another one.
+    """
+    held = job_of(run)
+    if held not in {None, job}:
+        raise StorageError(f"{run}: holds what adasearch {held} makes; give adasearch {job} another folder with --out")
+
+
+def _write_manifest(
+    run: Path, job: str, study: StudyConfig, checked: Checked, placements: dict[str, Placement]
+) -> None:
     """Write what the figures of a run depend on: versions, seeds, model, items of each split, hardware."""
     write_json(
         run / "manifest.json",
         {
             "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "job": job,
             "fingerprint": study.fingerprint,
             "seed": study.seed,
             "versions": versions(),
@@ -123,19 +149,22 @@ def run_study(path: Path, *, out: Path | None, say: Callable[[str], None]) -> Pa
     from adasearch.search.space import Space
     from adasearch.search.study import check_owner
 
-    _quieten()
+    quieten()
     study = load_study(path)
     run = out or Path("runs") / study.name
     checked = check_study(study, f"{path}:", run)
     run.mkdir(parents=True, exist_ok=True)
     with hold(run):
-        study, placed, placed_last = _place(_going_on(study, run), checked)
+        study, offered = _going_on(study, run), machines(study)
+        placed = place(study, checked.shape, offered)
+        placed_last = place(study, checked.shape, offered, finalists=True)
+        study = _placed(study, placed)
+        _check_job(run, "run")
         check_owner(run, study)
-        _write_manifest(run, study, checked, {"search": placed, "finalists": placed_last})
+        _write_manifest(run, "run", study, checked, {"search": placed, "finalists": placed_last})
         space = Space.from_config(study.space, study.trial, seed=study.seed)
         say(f"{study.name}: {checked.summary} -> {run}")
-        for line in (placed.summary, *(f"warning: {warning}" for warning in placed.warnings)):
-            say(line)
+        _say_placement(placed, say)
         with contextlib.ExitStack() as stack:
             executor = stack.enter_context(open_executor(study, run, placed))
             with open_display(study.trials, study.name) as display:
@@ -152,7 +181,48 @@ def run_study(path: Path, *, out: Path | None, say: Callable[[str], None]) -> Pa
     return run
 
 
-def _quieten() -> None:
+def compare_study(path: Path, *, recipes: Sequence[str] | None, out: Path | None, say: Callable[[str], None]) -> Path:
+    """Put the recipes under one harness, on the model and budget of the study in `path`, and return the run folder.
+
+    Args:
+        path: study file.
+        recipes: names, None for all there are.
+        out: run folder, None for ``runs/<study name>-compare``.
+        say: called with each line for the user.
+
+    Raises:
+        AdaSearchError: what is wrong, where, and what was kept.
+    """
+    from adasearch import comparison
+    from adasearch.search.lease import hold
+    from adasearch.search.study import check_owner
+
+    quieten()
+    study = comparison.with_recipes(load_study(path), recipes, path)
+    run = out or Path("runs") / f"{study.name}-compare"
+    checked = check_study(study, f"{path}:", run)
+    run.mkdir(parents=True, exist_ok=True)
+    with hold(run):
+        study = _going_on(study, run)
+        placed = place(study, checked.shape, machines(study), most=len(study.recipes) + 1)
+        study = _placed(study, placed)
+        _check_job(run, "compare")
+        check_owner(run, study, comparison.SHARED)
+        _write_manifest(run, "compare", study, checked, {"comparison": placed})
+        say(f"{study.name}: {checked.summary}, {len(study.recipes)} recipes -> {run}")
+        _say_placement(placed, say)
+        with open_executor(study, run, placed) as executor, open_display(0, study.name) as display:
+            comparison.compare(study, run, executor, display)
+        report = write_report(run)
+    found = comparison.gather(run, study)
+    for line in comparison.lines(found):
+        say(line)
+    say(f"report: {report}")
+    comparison.require_scores(found)
+    return run
+
+
+def quieten() -> None:
     """Keep libraries from writing between the lines of the display."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -162,9 +232,14 @@ def _quieten() -> None:
 
 def write_report(run: Path) -> Path:
     """Write ``leaderboard.csv`` and ``report.html`` of a run and return the report's path."""
-    from adasearch import dashboard, report
+    from adasearch import comparison, comparison_html, dashboard, report
 
-    findings = report.gather(run, load_run(run))
+    study = load_run(run)
+    if job_of(run) == "compare":
+        found = comparison.gather(run, study)
+        comparison.write_leaderboard(run, found)
+        return report.write_page(run, comparison_html.page(found))
+    findings = report.gather(run, study)
     dashboard.add_figures(run, findings)
     return report.write_findings(run, findings)
 
@@ -182,6 +257,11 @@ def rebuild(run: Path) -> str:
 def status(run: Path) -> Iterator[str]:
     """Yield lines that say where a run stands."""
     study = load_run(run)
+    if job_of(run) == "compare":
+        from adasearch import comparison
+
+        yield from comparison.lines(comparison.gather(run, study))
+        return
     records = read_records(run)
     dense = next((r.result for r in records if r.number == DENSE and r.result), None)
     scored = [r for r in records if r.number != DENSE and r.result]
@@ -212,7 +292,7 @@ def replay(run: Path, number: int) -> Iterator[str]:
     from adasearch.trial import run_trial
     from adasearch.workbench import Workbench
 
-    _quieten()
+    quieten()
     study = load_run(run)
     record = next((r for r in read_records(run) if r.number == number and r.result), None)
     if record is None or record.config is None or record.result is None:

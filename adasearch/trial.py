@@ -5,7 +5,6 @@ describe -> calibrate -> score -> allocate -> plan -> cut + compensate -> measur
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adasearch import models, racing, registry
+from adasearch import environment, models, racing, registry
 from adasearch.config import Component, TaskScore, TrialConfig, TrialResult
 from adasearch.errors import ConfigError, TrialError
 from adasearch.pruning import allocation, compensation, importance, surgery
@@ -40,9 +39,11 @@ def silent(_phase: str, _progress: float | None) -> None:
 
 
 class Clock:
-    """Seconds spent in each phase; tells an observer when a phase begins and how far it is."""
+    """Seconds spent in each phase, and the peak of memory; tells an observer when a phase begins and how far it is."""
 
     def __init__(self, observer: Observer = silent) -> None:
+        environment.forget_peak_memory()
+        models.forget_gpu_peak()
         self.seconds: dict[str, float] = {}
         self.phase = ""
         self._observer = observer
@@ -56,6 +57,16 @@ class Clock:
                 self.seconds[self.phase] = round(self.seconds.get(self.phase, 0.0) + now - self._since, 3)
             self.phase, self._since = phase, now
         self._observer(phase, progress)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Return the greatest resident memory of this process since this clock was made, mapped weights included."""
+        return environment.peak_memory()
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Return the greatest memory of this process's tensors on its GPU since then, 0 without one."""
+        return models.gpu_peak()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -267,7 +278,7 @@ def run_trial(
         items=sum(map(len, found.values.values())),
         stopped=found.stopped,
         seconds=clock.seconds,
-        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_bytes=clock.peak_bytes,
         notes=notes,
         rungs=rungs + found.rungs,
     )

@@ -88,6 +88,7 @@ class Workbench:
         self._checksum = models.checksum(self.base)
         self._structures: dict[UnitsConfig, ModelStructure] = {}
         self._items: dict[str, dict[str, TaskItems]] = {}
+        self._texts: dict[str, torch.Tensor] = {}
         self._dense: nn.Module | None = None
         self._last: tuple[tuple[str, int, frozenset[str]], Statistics] | None = None
         self._reference: divergence.Reference | None = None
@@ -158,6 +159,14 @@ class Workbench:
                 for name, items in tasks.study_items(self.study, role).items()
             }
         return self._items[role]
+
+    def perplexity_tokens(self, corpus: str) -> torch.Tensor:
+        """Return the tokens (T-vector) that the perplexity on a corpus is taken of, as many as the report wants."""
+        if corpus not in self._texts:
+            report = self.study.report
+            tokens = data.perplexity_tokens(self.base.tokenizer, corpus, self.study.data_root)
+            self._texts[corpus] = tokens[: report.perplexity_tokens].clone()
+        return self._texts[corpus]
 
     def recovery_tokens(self, recovery: Component, calibration_corpus: str, seed: int) -> torch.Tensor:
         """Return the training tokens of a recovery, one stream; empty for a recovery that trains on nothing."""

@@ -29,16 +29,19 @@ FLOORS = [
     [
         "worker",
         "finalize",
+        "comparison",
+        "comparison_html",
         "dashboard",
         "report",
         "report_html",
+        "report_parts",
         "report_rungs",
         "report_style",
         "pictures",
         "checks",
         "display",
     ],
-    ["run"],
+    ["run", "single"],
     ["cli"],
 ]
 # A room never imports these; the point of the house is that search and pruning do not meet.

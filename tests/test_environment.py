@@ -6,7 +6,14 @@ import os
 
 import pytest
 
-from adasearch.environment import free_memory, local_machine, machine, usable_cores
+from adasearch.environment import (
+    forget_peak_memory,
+    free_memory,
+    local_machine,
+    machine,
+    peak_memory,
+    usable_cores,
+)
 
 GIB = 2**30
 HERE = len(os.sched_getaffinity(0))
@@ -81,3 +88,13 @@ def test_affinity_counts_not_what_is_built_in():
         assert local_machine().cores == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system cannot forget a peak of memory")
+def test_the_peak_of_memory_is_counted_anew():
+    block = b"x" * (200 * 2**20)
+    forget_peak_memory()
+    before = peak_memory()
+    del block
+    forget_peak_memory()
+    assert 2**20 < peak_memory() < before - 150 * 2**20

@@ -17,12 +17,14 @@ from adasearch.records import (
     Failure,
     FinalRecord,
     Record,
+    read_failures,
     read_finals,
     read_items,
     read_record,
     read_records,
     trial_folder,
     write_atomically,
+    write_failure,
     write_final,
     write_items,
     write_record,
@@ -97,3 +99,15 @@ def test_a_full_disk_leaves_the_old_file_and_no_draft(tmp_path, monkeypatch):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in Path(tmp_path).iterdir()] == ["a.json"]
+
+
+def test_a_failure_counts_until_there_is_a_record(tmp_path):
+    failure = Failure(kind="config", message="budget.remove: must be at most 0.4", phase="plan")
+    write_failure(tmp_path, "flap-0123", failure)
+    assert read_failures(tmp_path) == {"flap-0123": failure}
+    facts = {"perplexity": {}, "parameters": 8, "removed": 0.2, "seconds": {}, "losses": (), "export": None}
+    write_final(
+        tmp_path,
+        FinalRecord(name="flap-0123", trial=0, role="compared", recipe="flap", selected=(), report=(SCORE,), **facts),
+    )
+    assert read_failures(tmp_path) == {}

@@ -71,8 +71,13 @@ def _check_database(path: Path) -> None:
         raise StorageError(f"{path}: {problem} ({printable(answer)})")
 
 
-def check_owner(run: Path, config: StudyConfig) -> None:
+def check_owner(run: Path, config: StudyConfig, sections: tuple[str, ...] = SEARCHED) -> None:
     """Make sure that a run folder is new or belongs to `config`, and write ``config.yaml`` there.
+
+    Args:
+        run: run folder.
+        config: the study.
+        sections: of it that may not have changed.
 
     Raises:
         StorageError: it belongs to another study; the message names the sections that differ.
@@ -85,7 +90,7 @@ def check_owner(run: Path, config: StudyConfig) -> None:
         except ConfigError as error:
             raise StorageError(str(error)) from error
         wanted = json.loads(json.dumps(plain(data)))
-        changed = [key for key in SEARCHED if held.get(key) != wanted[key]]
+        changed = [key for key in sections if held.get(key) != wanted[key]]
         if changed:
             advice = "give another folder, or another name in the study"
             raise StorageError(f"{run}: holds another study: {', '.join(changed)} differ; {advice}")

@@ -302,7 +302,6 @@ def _check_disjoint(study: StudyConfig, search: Mapping[Any, str], report: Mappi
             raise ConfigError("report.tasks", problem)
     for corpus in study.report.perplexity:
         parsed = parse_corpus(corpus, study.data_root, "report.perplexity")
-        whole = parsed.split not in {None, "train"}
-        if whole and ("cloze", parsed.name, parsed.config, parsed.split) in search:
+        if parsed.whole and ("cloze", parsed.name, parsed.config, parsed.split) in search:
             problem = f"{corpus!r} is read whole and objective.search reads it too; {advice}"
             raise ConfigError("report.perplexity", problem)

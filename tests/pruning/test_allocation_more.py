@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -414,7 +415,7 @@ OPTIONS = {
 
 
 def rising(values):
-    return all(a <= b + 1e-12 for a, b in zip(values, values[1:], strict=False))
+    return all(a <= b + 1e-12 for a, b in pairwise(values))
 
 
 class TestAnyModel:
@@ -492,9 +493,7 @@ def test_recipes_cut_a_model_to_the_budget(recipe):
     )
     ratios = allocation.shape(context, config.allocation)
     assert len(set(by_layer(case, ratios))) > 2
-    plan = make_plan(
-        case.structure, config.units, scores, project(case.structure, ratios, asked, biases), biases
-    )
+    plan = make_plan(case.structure, config.units, scores, project(case.structure, ratios, asked, biases), biases)
     model = surgery.cut(case.config, case.weights, case.structure, plan)
     compensation.apply(model, case.structure, plan, case.statistics, case.weights, config.compensation)
     assert sum(p.numel() for p in model.parameters()) == plan.parameters <= 0.75 * case.structure.parameters

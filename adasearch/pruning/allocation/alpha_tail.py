@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ _BINS = 100
 _REACH = 1.5
 """The tail may begin at up to this multiple of the peak."""
 
-_KNOWN = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
+_KNOWN: Any = WeakIdKeyDictionary()
 """Exponents of weights that this process met before, by tensor, then by its version and the tail: spectra cost seconds
 to minutes, and all trials of a worker share the dense weights."""
 

@@ -16,7 +16,8 @@ def _directions(view: GroupView) -> Tensor:
     covariance = columns.T @ view.covariance().matrix(centred=True) @ columns
     variances, directions = torch.linalg.eigh(covariance)
     mean = variances.mean().clamp_min(torch.finfo(variances.dtype).tiny)
-    return directions * torch.sigmoid(variances / mean)
+    weighed: Tensor = directions * torch.sigmoid(variances / mean)
+    return weighed
 
 
 @IMPORTANCE.register(needs=lambda _: frozenset({"moments", "covariance", "inputs"}))
