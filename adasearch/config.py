@@ -189,6 +189,7 @@ class UnitsConfig:
 
 
 COMPONENTS: dict[str, Registry] = {
+    "depth": registry.DEPTH,
     "importance": registry.IMPORTANCE,
     "allocation": registry.ALLOCATION,
     "compensation": registry.COMPENSATION,
@@ -202,6 +203,7 @@ class TrialConfig:
 
     calibration: CalibrationConfig
     units: UnitsConfig
+    depth: Component
     importance: Component
     allocation: Component
     compensation: Component
@@ -219,9 +221,9 @@ class TrialConfig:
         for key in data:
             if key not in sections:
                 raise ConfigError(join(where, key), f"unknown key {key!r}; {nearest(str(key), sections)}")
-        defaults = {"importance": "wanda_sp", "allocation": "uniform", "compensation": "none", "recovery": "none"}
+        defaults = {"importance": "wanda_sp", "allocation": "uniform"}
         parts = {
-            name: component(known, data.get(name, defaults[name]), join(where, name))
+            name: component(known, data.get(name, defaults.get(name, "none")), join(where, name))
             for name, known in COMPONENTS.items()
         }
         return TrialConfig(

@@ -88,6 +88,7 @@ class Registry:
 
 
 ARCHITECTURES = Registry("adasearch.pruning.architectures", "model family")
+DEPTH = Registry("adasearch.pruning.depth", "depth rule")
 IMPORTANCE = Registry("adasearch.pruning.importance", "importance criterion")
 ALLOCATION = Registry("adasearch.pruning.allocation", "allocation")
 COMPENSATION = Registry("adasearch.pruning.compensation", "compensation")

@@ -235,10 +235,37 @@ def _stream(
         yield layer.register_forward_hook(left)
 
     with contextlib.ExitStack() as stack:
-        for path in dict.fromkeys(group.name.rpartition(".")[0] for group in structure.groups):
+        for path in _layer_paths(structure):
             for handle in watch(path):
                 stack.callback(handle.remove)
         yield
+
+
+@contextlib.contextmanager
+def _boundaries(model: nn.Module, structure: ModelStructure, families: set[str], held: Accumulated) -> Iterator[None]:
+    """Accumulate the residual stream at all layer boundaries at once, a few hundred tokens at a time."""
+    seen: list[Tensor] = []
+
+    def entered(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"]).detach().flatten(0, -2))
+
+    def left(_: nn.Module, __: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+        seen.append((output if isinstance(output, Tensor) else output[0]).detach().flatten(0, -2))
+        for part in zip(*(torch.split(x, _CPU_TOKENS) for x in seen), strict=True):
+            for family in families:
+                _extend(held, family, statistics.STREAM, torch.stack(part, dim=1))
+        seen.clear()
+
+    layers = [model.get_submodule(path) for path in _layer_paths(structure)]
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(entered, with_kwargs=True).remove)
+        stack.callback(layers[-1].register_forward_hook(left).remove)
+        yield
+
+
+def _layer_paths(structure: ModelStructure) -> list[str]:
+    return list(dict.fromkeys(group.name.rpartition(".")[0] for group in structure.groups))
 
 
 def _members(structure: ModelStructure, weights: Mapping[str, Tensor]) -> dict[str, Slice]:
@@ -295,6 +322,7 @@ _WATCHES: dict[str, Callable[..., _Watch]] = {
     "sequences": _sequences,
     "inputs": _inputs,
     "stream": _stream,
+    "boundaries": _boundaries,
     "gradient": _gradients,
 }
 

@@ -8,6 +8,7 @@ Families of statistics (the strings that criteria, allocators and compensators n
 - ``inputs``: mean and variance of what those matrices of each group read whose rows belong to units (q, k, v; gate,
   up).
 - ``cosine``: mean over tokens of the cosine between the residual stream before and after each layer and sublayer.
+- ``boundaries``: mean over tokens of the cosine and the angle between the residual stream at any two layer boundaries.
 - ``gradient``: W * dL/dW of each member matrix, summed per row of its cut dimension, with and without absolute value.
 - ``fisher``: the same with the diagonal empirical Fisher information F, the mean over sequences of squared gradients.
 - ``gradient_sum``, ``square_sum``: what the last two are read from, element by element.
@@ -38,9 +39,9 @@ from torch import Tensor
 from adasearch.errors import DataError
 from adasearch.pruning import products
 
-Source = Literal["features", "sequences", "inputs", "stream", "gradient"]
+Source = Literal["features", "sequences", "inputs", "stream", "boundaries", "gradient"]
 """What an accumulator is fed with: inputs of output projections, the same by sequence, what groups read, the residual
-stream before and after a place (all through `of`), or gradients of member matrices (built by `calibration`)."""
+stream around a place or at all layer boundaries (all through `of`), or gradients of matrices (by `calibration`)."""
 
 
 def _batch_mean(x: Tensor) -> Tensor:
@@ -211,6 +212,38 @@ class Cosine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Boundaries:
+    """Means over `count` tokens of the cosine and angle between states of the residual stream (both B × B, float64).
+
+    The B = L + 1 boundaries lie before each of the L layers and after the last one. The angle is arccos(cosine) / pi.
+    """
+
+    source: ClassVar[Source] = "boundaries"
+    count: int
+    cosine: Tensor
+    angle: Tensor
+
+    @staticmethod
+    def of(states: Tensor) -> Boundaries:
+        """Return the means over the tokens of `states` (T × B × D, any float type), in float32."""
+        units = torch.nn.functional.normalize(states.float(), dim=-1, eps=torch.finfo(torch.float32).tiny)
+        cosines = units @ units.mT
+        angles = cosines.clamp(-1, 1).arccos() / torch.pi
+        return Boundaries(count=len(states), cosine=cosines.double().mean(0), angle=angles.double().mean(0))
+
+    def extended(self, states: Tensor) -> Boundaries:
+        """Return the means over this sample and the tokens of `states`."""
+        return self.merge(Boundaries.of(states))
+
+    def merge(self, other: Boundaries) -> Boundaries:
+        """Return the means over both samples."""
+        count = self.count + other.count
+        pairs = ((self.cosine, other.cosine), (self.angle, other.angle))
+        cosine, angle = (a + (b - a) * (other.count / count) for a, b in pairs)
+        return Boundaries(count=count, cosine=cosine, angle=angle)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GradientSum:
     """Sum over sequences of one parameter's gradient (its shape, float32); `count` is the number of tokens."""
 
@@ -265,6 +298,7 @@ ACCUMULATORS: dict[str, Any] = {
     "votes": Votes,
     "inputs": InputMoments,
     "cosine": Cosine,
+    "boundaries": Boundaries,
     "gradient_sum": GradientSum,
     "square_sum": SquareSum,
 }
@@ -276,6 +310,7 @@ SUMS: dict[str, frozenset[str]] = {
 }
 """Families that are read from others, and from which."""
 
+STREAM = "stream"  # the place of what is said of all layers at once
 LARGE = frozenset[str]().union(*SUMS.values())
 """Families of the size of the weights in float32."""
 
@@ -341,6 +376,11 @@ class Statistics:
     def cosine(self, place: str) -> float:
         """Return the mean cosine between the residual stream before and after a layer or sublayer (module path)."""
         return float(self.value("cosine", place).mean)
+
+    def boundaries(self) -> Boundaries:
+        """Return the means of the cosine and the angle between the residual stream at any two layer boundaries."""
+        found: Boundaries = self.value("boundaries", STREAM)
+        return found
 
     def rows(self, family: str, parameter: str, name: str) -> Tensor:
         """Return a sum over each row (R) of `parameter`; `family` and `name` as in `gradient_rows`."""

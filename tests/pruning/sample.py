@@ -8,7 +8,7 @@ import torch
 from adasearch.config import BudgetConfig, Component
 from adasearch.pruning import calibration, surgery
 from adasearch.pruning.plan import make_plan
-from adasearch.pruning.statistics import Statistics
+from adasearch.pruning.statistics import STREAM, Statistics
 from adasearch.pruning.structure import Group, ModelStructure, Slice
 from adasearch.registry import ALLOCATION, COMPENSATION, IMPORTANCE
 from tests.tiny import VOCABULARY, tiny_config, tiny_structure, tiny_weights
@@ -134,3 +134,11 @@ def made_weights(structure, seed=0, rows=8):
 
 def budget(remove=0.2, **more):
     return BudgetConfig(remove=remove, **more)
+
+
+def made_boundaries(layers, seed=0):
+    """Cosines and angles between all layer boundaries, at random, by the keys of `Statistics`."""
+    generator = torch.Generator().manual_seed(seed)
+    cosine = torch.rand(layers + 1, layers + 1, generator=generator, dtype=torch.float64)
+    tensors = {"cosine": cosine, "angle": torch.rand(cosine.shape, generator=generator, dtype=torch.float64)}
+    return {f"boundaries/{STREAM}/{name}": item for name, item in tensors.items()}
