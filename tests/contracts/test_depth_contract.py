@@ -1,6 +1,7 @@
 """What every depth rule owes its callers; a new file in the folder is tested by being there."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def _additive(gone):
     """A loss to which each sublayer adds its own part, and neighbours a little more."""
     parts = torch.rand(2 * LAYERS, generator=torch.Generator().manual_seed(4)).tolist()
     numbers = sorted(i for i, path in enumerate(COSTS) if path in gone)
-    return sum(parts[i] for i in numbers) + 0.1 * sum(b - a == 1 for a, b in zip(numbers, numbers[1:], strict=False))
+    return sum(parts[i] for i in numbers) + 0.1 * sum(b - a == 1 for a, b in itertools.pairwise(numbers))
 
 
 @pytest.mark.parametrize("name", DEPTH.names())

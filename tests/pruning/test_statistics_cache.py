@@ -38,11 +38,13 @@ class Made:
             name: torch.full((self.size,), self.value * sum(range(first, stop)), dtype=torch.float64)
             for name in ("total", "squares", "gram", "token", "sequence")
         }
-        filled |= {name: torch.full((self.size,), self.value, dtype=torch.float64) for name in ("mean",)}
+        filled |= {
+            name: torch.full((self.size,), self.value, dtype=torch.float64) for name in ("mean", "cosine", "angle")
+        }
         filled["m2"] = torch.zeros(self.size, dtype=torch.float64)
         parts = {"gradient_sum": ["total"], "square_sum": ["squares"], "moments": ["mean", "m2"]}
         parts |= {"covariance": ["mean", "gram"], "cosine": ["mean"], "inputs": ["mean", "m2"]}
-        parts |= {"votes": ["token", "sequence"]}
+        parts |= {"votes": ["token", "sequence"], "boundaries": ["cosine", "angle"]}
         tensors = {f"{family}/m/{name}": filled[name].clone() for family in families for name in parts[family]}
         return Statistics(tokens=9 * count, tensors=tensors)
 

@@ -70,6 +70,7 @@ class FakeRegistry(Registry):
 
 
 FAKES = {
+    "depth": FakeRegistry("depth rule", none=NoOptions),
     "importance": FakeRegistry("importance criterion", wanda_sp=NoOptions, taylor=TaylorOptions, obs=NoOptions),
     "allocation": FakeRegistry("allocation", uniform=NoOptions, layer_profile=ProfileOptions),
     "compensation": FakeRegistry("compensation", none=NoOptions, bias=NoOptions),

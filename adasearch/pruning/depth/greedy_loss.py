@@ -31,8 +31,8 @@ class GreedyLossOptions(DepthOptions):
 def choose(context: DepthContext, options: GreedyLossOptions) -> tuple[str, ...]:
     """Return the items that go, as many as fit: each the one without which the loss is lowest.
 
-    SLEB (arXiv 2402.09025, algorithm 1) removes layers so, BlockPruner (arXiv 2406.10594, algorithm 1) sublayers;
-    Shortened LLaMA (arXiv 2402.02834, section 3) ranks layers once by the perplexity without each.
+    SLEB (arXiv 2402.09025) removes layers so, BlockPruner (arXiv 2406.10594) sublayers;
+    Shortened LLaMA (arXiv 2402.02834) ranks layers once by the perplexity without each.
     """
     items = context.items(options.unit, options.protect_first, options.protect_last)
     if options.again:

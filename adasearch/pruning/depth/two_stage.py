@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from adasearch.documents import Positive, value
 from adasearch.pruning.depth import DepthContext, DepthOptions, paths_of
 from adasearch.pruning.depth._greedy import greedy
@@ -23,11 +25,11 @@ def attention_count(context: DepthContext, alpha: float) -> int:
     """Return how many attention sublayers 2SSP removes: round(L s^((M / A) / alpha)), before the room is looked at.
 
     L is the number of layers, s the fraction of their parameters that goes, M and A the parameters of an MLP and of an
-    attention, here with their norms (arXiv 2501.17771, equation 6).
+    attention, here with their norms (arXiv 2501.17771).
     """
     mlp, attention = (context.cost(paths_of(context.items(unit))) for unit in ("mlp", "attention"))
-    exponent = mlp / attention / alpha if attention else 0.0
-    return round(context.layers * min(1.0, context.share_removed) ** exponent)
+    share = min(1.0, context.share_removed)
+    return round(context.layers * math.pow(share, mlp / attention / alpha))
 
 
 @DEPTH.register(options=TwoStageOptions, needs=lambda _: frozenset(), uses_loss=True)

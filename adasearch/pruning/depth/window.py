@@ -26,7 +26,7 @@ def choose(context: DepthContext, options: WindowOptions) -> tuple[str, ...]:
     """Return n neighbouring layers i, ..., i + n - 1, n the most that fit.
 
     i maximises E_t cos(h_i, h_{i+n}), h_i the residual stream before layer i (LLM-Streamline, arXiv 2403.19135), or
-    minimises E_t arccos(cos(h_i, h_{i+n})) / pi (Gromov et al., arXiv 2403.17887, equation 7). Of equal windows the
+    minimises E_t arccos(cos(h_i, h_{i+n})) / pi (Gromov et al., arXiv 2403.17887). Of equal windows the
     one nearest the input goes.
     """
     items = context.items("layer")
