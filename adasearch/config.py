@@ -189,6 +189,8 @@ class UnitsConfig:
 
 
 COMPONENTS: dict[str, Registry] = {
+    "vocabulary": registry.TOKENS,
+    "hidden": registry.HIDDEN,
     "depth": registry.DEPTH,
     "importance": registry.IMPORTANCE,
     "allocation": registry.ALLOCATION,
@@ -203,6 +205,8 @@ class TrialConfig:
 
     calibration: CalibrationConfig
     units: UnitsConfig
+    vocabulary: Component
+    hidden: Component
     depth: Component
     importance: Component
     allocation: Component

@@ -409,13 +409,32 @@ def token_stream(
     return TokenStream(tokens=torch.tensor(stream[:tokens], dtype=torch.long), epochs=passes)
 
 
-def perplexity_tokens(
-    tokenizer: PreTrainedTokenizerBase, corpus: str, data_root: str | None = None, least: int = 2
+def first_tokens(
+    tokenizer: PreTrainedTokenizerBase, corpus: str, tokens: int, data_root: str | None = None, part: str = "fit"
 ) -> torch.Tensor:
-    """Return the token ids (T-vector, int64) of one contiguous text to take the perplexity of.
+    """Return the tokens of the first documents of a corpus, at most `tokens` and each document once (T, int64)."""
+    found: list[int] = []
+    for text in documents(corpus, part, data_root):
+        found += _ids(tokenizer, text)
+        if len(found) >= tokens:
+            break
+    return torch.tensor(found[:tokens], dtype=torch.long)
+
+
+def perplexity_text(corpus: str, data_root: str | None = None) -> str:
+    """Return one contiguous text to take the perplexity of.
 
     A corpus spec that names a split other than train is read whole, its rows joined by blank lines as published
     perplexities have it; any other gives its part ``report``.
+    """
+    source = parse_corpus(corpus, data_root)
+    return "\n\n".join(_rows(source) if source.whole else documents(corpus, "report", data_root))
+
+
+def perplexity_tokens(
+    tokenizer: PreTrainedTokenizerBase, corpus: str, data_root: str | None = None, least: int = 2
+) -> torch.Tensor:
+    """Return the token ids (T-vector, int64) of `perplexity_text`.
 
     Args:
         tokenizer: of the model; special tokens are not added.
@@ -426,9 +445,7 @@ def perplexity_tokens(
     Raises:
         DataError: there are fewer.
     """
-    source = parse_corpus(corpus, data_root)
-    texts = _rows(source) if source.whole else documents(corpus, "report", data_root)
-    ids = _ids(tokenizer, "\n\n".join(texts))
+    ids = _ids(tokenizer, perplexity_text(corpus, data_root))
     if len(ids) < least:
         raise DataError(f"corpus {corpus!r} holds {len(ids)} tokens for perplexity, {least} are needed")
     return torch.tensor(ids, dtype=torch.long)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adasearch import registry
+from adasearch import data, registry
 from adasearch.config import Component, FinalizeConfig, StudyConfig, TaskScore, TrialConfig
 from adasearch.documents import plain, value
 from adasearch.environment import versions
 from adasearch.errors import ConfigError, DataError, NoTrialError, TrialError
+from adasearch.pruning.structure import WHOLE, Outline
 from adasearch.records import (
     DENSE,
     Failure,
@@ -28,7 +29,7 @@ from adasearch.records import (
     write_items,
 )
 from adasearch.trial import Clock, Pruned, prune, recover, score_blocks, task_scores
-from adasearch.tuning import evaluation
+from adasearch.tuning import alignment, evaluation
 from adasearch.tuning.export import ModelCard
 
 if TYPE_CHECKING:
@@ -122,10 +123,10 @@ def run_final(task: FinalTask, bench: Workbench) -> FinalRecord:
     folder = bench.run / "final" / task.name
     clock = Clock(state_writer(folder))
     pruned, losses = _made(task, bench, clock)
-    model = bench.dense() if pruned is None else pruned.model
-    scores, items = _score(model, task, bench, clock)
+    model, outline = (bench.dense(), WHOLE) if pruned is None else (pruned.model, pruned.structure.outline)
+    scores, items = _score(model, task, bench, clock, outline)
     clock.enter("perplexity")
-    perplexity = _perplexity(model, bench)
+    perplexity = _perplexity(model, bench, outline)
     dense = bench.structure().parameters
     parameters = dense if pruned is None else pruned.plan.parameters
     record = FinalRecord(
@@ -172,14 +173,14 @@ def _made(task: FinalTask, bench: Workbench, clock: Clock) -> tuple[Pruned | Non
 
 
 def _score(
-    model: nn.Module, task: FinalTask, bench: Workbench, clock: Clock
+    model: nn.Module, task: FinalTask, bench: Workbench, clock: Clock, outline: Outline
 ) -> tuple[dict[str, tuple[TaskScore, ...]], dict[str, np.ndarray]]:
     """Return the scores of each role's tasks, and for paired differences margin and correctness of each report item."""
     scores: dict[str, tuple[TaskScore, ...]] = {}
     values: dict[str, np.ndarray] = {}
     for role in task.items:
         clock.enter(role)
-        tasks = bench.items(role)
+        tasks = bench.items(role, outline)
         logliks = score_blocks(model, {name: found.encoded for name, found in tasks.items()})
         scores[role] = task_scores(tasks, logliks)
         for name, found in tasks.items() if role == "report" else ():
@@ -188,13 +189,20 @@ def _score(
     return scores, values
 
 
-def _perplexity(model: nn.Module, bench: Workbench) -> dict[str, float]:
+def _perplexity(model: nn.Module, bench: Workbench, outline: Outline) -> dict[str, float]:
+    """Return the perplexity of each corpus and window, per token of the dense model's tokenizer."""
     found: dict[str, float] = {}
-    for corpus in bench.study.report.perplexity:
+    report, reference = bench.study.report, bench.base.tokenizer
+    for corpus in report.perplexity:
         tokens = bench.perplexity_tokens(corpus)
-        for window in bench.study.report.windows:
-            if len(tokens) >= window:
-                found[f"{corpus}@{window}"] = evaluation.perplexity(model, tokens, window)
+        for window in (w for w in report.windows if len(tokens) >= w):
+            if outline.tokens is None:
+                value = evaluation.perplexity(model, tokens, window)
+            else:
+                text = data.perplexity_text(corpus, bench.study.data_root)
+                own = bench.outlined(outline).tokenizer
+                value = alignment.aligned_perplexity(model, alignment.align(text, reference, own, window, len(tokens)))
+            found[f"{corpus}@{window}"] = value
     return found
 
 
@@ -218,7 +226,7 @@ def _export(pruned: Pruned, task: FinalTask, record: FinalRecord, bench: Workben
     )
     for name in task.formats:
         export = registry.EXPORT.get(name).function
-        export(pruned.model, bench.base, pruned.structure, pruned.plan, folder, card, overwrite=True)
+        export(pruned.model, pruned.base, pruned.structure, pruned.plan, folder, card, overwrite=True)
     return str(folder.relative_to(bench.run))
 
 

@@ -33,7 +33,7 @@ def _model_class(config: dict[str, Any], folder: Path) -> Any:
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM
-    from adasearch.tuning.export._modeling import MODELS
+    from adasearch.modeling_adasearch import MODELS
 
     if family.removeprefix(PREFIX) not in MODELS:
         known = ", ".join(sorted(MODELS))

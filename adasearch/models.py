@@ -32,7 +32,8 @@ from adasearch.checkpoints import ModelSource
 from adasearch.checkpoints import resolve as resolve
 from adasearch.documents import fingerprint
 from adasearch.errors import ModelError, StorageError
-from adasearch.pruning.structure import ModelShape
+from adasearch.modeling_adasearch import leave_out
+from adasearch.pruning.structure import WHOLE, ModelShape, Outline
 from adasearch.records import storage_errors
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
@@ -48,6 +49,7 @@ class BaseModel:
         folder: checkpoint folder that the weights are mapped from.
         weights: every parameter by full name, tied ones once.
         dtype: number format of the weights.
+        outline: what was taken from the model in `folder`, see `outlined.outlined`.
     """
 
     folder: Path
@@ -56,6 +58,7 @@ class BaseModel:
     shape: ModelShape
     weights: dict[str, Tensor]
     dtype: torch.dtype
+    outline: Outline = WHOLE
 
 
 def set_threads(threads: int) -> None:
@@ -208,6 +211,7 @@ def empty_model(config: Any) -> nn.Module:
     build: Any = transformers.AutoModelForCausalLM.from_config
     with torch.device("meta"), _model_errors(str(config.model_type)):
         model: nn.Module = build(copy.deepcopy(config))
+    leave_out(model, getattr(config, "absent_sublayers", ()))
     return model
 
 
@@ -406,8 +410,10 @@ def own_weights(base: BaseModel) -> dict[str, Tensor] | None:
     """Return weights equal to those of `base` that the caller may write to; a page takes memory once it is written.
 
     They are another private mapping of the same files: what is only read stays in memory once per machine. None where
-    there is nothing to map: the files hold another number format, or are gone since `base` was opened.
+    there is nothing to map: the files hold another number format or more than `base`, or are gone since it was opened.
     """
+    if not base.outline.whole:
+        return None
     try:
         shards = checkpoints.check_folder(base.folder)
         found = {name: t for shard in shards for name, t in safetensors.torch.load_file(shard.path).items()}

@@ -1,6 +1,6 @@
 """One trial: configuration -> smaller model -> score. The pipeline on one screen.
 
-describe -> calibrate -> score -> allocate -> plan -> cut + compensate -> measure -> recover -> evaluate
+outline -> calibrate -> score -> allocate -> plan -> cut + compensate -> measure -> recover -> evaluate
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adasearch import environment, models, racing, registry
+from adasearch import environment, models, outlining, racing, registry
 from adasearch.config import Component, TaskScore, TrialConfig, TrialResult
 from adasearch.errors import ConfigError, TrialError
 from adasearch.pruning import allocation, compensation, importance, surgery
 from adasearch.pruning.allocation import AllocationContext
 from adasearch.pruning.plan import PruningPlan, make_plan
 from adasearch.pruning.projection import project
+from adasearch.pruning.structure import WHOLE, Outline
 from adasearch.racing import Race, Rung, TaskValues
 from adasearch.tuning import divergence, evaluation, scoring
 from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
@@ -26,6 +27,7 @@ from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
 if TYPE_CHECKING:
     from torch import nn
 
+    from adasearch.models import BaseModel
     from adasearch.pruning.statistics import Statistics
     from adasearch.pruning.structure import ModelStructure
     from adasearch.workbench import TaskItems, Workbench
@@ -71,11 +73,12 @@ class Clock:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Pruned:
-    """A model after the cut, and the decision that led to it."""
+    """A model after the cut, the decision that led to it, and the model that its widths were cut from."""
 
     model: nn.Module
     structure: ModelStructure
     plan: PruningPlan
+    base: BaseModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -105,15 +108,15 @@ def decide(
     config: TrialConfig, bench: Workbench, structure: ModelStructure, statistics: Statistics | None
 ) -> PruningPlan:
     """Return which units stay: scores, then widths on the budget, then the best units of each group."""
-    budget = bench.study.budget
-    scores = importance.score_all(structure, bench.base.weights, statistics, config.importance, config.seed)
+    budget, weights = bench.study.budget, bench.outlined(structure.outline).weights
+    scores = importance.score_all(structure, weights, statistics, config.importance, config.seed)
     biases = compensation.bias_modules(config.compensation, structure)
     context = AllocationContext(
         structure=structure,
         budget=budget,
         scores=scores,
         statistics=statistics,
-        weights=bench.base.weights,
+        weights=weights,
         biases=biases,
     )
     try:
@@ -126,37 +129,47 @@ def decide(
 
 def prune(config: TrialConfig, bench: Workbench, clock: Clock) -> Pruned:
     """Return the model cut to the budget and compensated, not yet recovered."""
-    structure = bench.structure(config.units)
+    clock.enter("outline")
+    outline = outlining.decide(config, bench)
+    base, structure = bench.outlined(outline), bench.structure(config.units, outline)
     clock.enter("calibrate")
     statistics = bench.statistics(structure, config.calibration, config.units, needs_of(config))
     clock.enter("plan")
     plan = decide(config, bench, structure, statistics)
     clock.enter("cut")
-    model = surgery.cut(bench.base.config, bench.base.weights, structure, plan, models.own_weights(bench.base))
+    model = surgery.cut(base.config, base.weights, structure, plan, models.own_weights(base))
     model = model.to(bench.device)
-    compensation.apply(model, structure, plan, statistics, bench.base.weights, config.compensation)
-    return Pruned(model=model, structure=structure, plan=plan)
+    compensation.apply(model, structure, plan, statistics, base.weights, config.compensation)
+    return Pruned(model=model, structure=structure, plan=plan, base=base)
 
 
 def recover(pruned: Pruned, recovery: Component, config: TrialConfig, bench: Workbench, clock: Clock) -> RecoveryReport:
     """Tune the smaller model in place and return what was done."""
     clock.enter("recover")
-    tokens = bench.recovery_tokens(recovery, config.calibration.corpus, config.seed)
+    outline = pruned.structure.outline
+    tokens = bench.recovery_tokens(recovery, config.calibration.corpus, config.seed, outline)
+    taught = getattr(recovery.options, "distill", 0.0) > 0
+    if taught and outline.tokens is not None:
+        raise TrialError("config", "recovery.distill must be 0 where tokens go: the teacher knows others", "recover")
     context = RecoveryContext(
         seed=config.seed,
         device=str(bench.device),
         report=lambda step, total, _loss: clock.enter("recover", step / total),
-        teacher=bench.dense() if getattr(recovery.options, "distill", 0.0) > 0 else None,
+        teacher=bench.dense() if taught else None,
     )
     entry = registry.RECOVERY.get(recovery.type)
     report: RecoveryReport = entry.function(pruned.model, pruned.structure, tokens, recovery.options, context)
     return report
 
 
-def measure(model: nn.Module, bench: Workbench, clock: Clock) -> tuple[Rung, ...]:
-    """Return what the study wants to know of a model right after its cut; the model stays as it is."""
+def measure(pruned: Pruned, bench: Workbench, clock: Clock) -> tuple[Rung, ...]:
+    """Return what the study wants to know of a model right after its cut; the model stays as it is.
+
+    Models of different vocabularies have no common distribution to diverge from.
+    """
     wanted, rungs = bench.study.fidelity, []
-    if wanted.divergence:
+    model, outline = pruned.model, pruned.structure.outline
+    if wanted.divergence and outline.tokens is None:
         clock.enter("divergence")
         reference = bench.reference()  # made by a worker's first trial, whose cost it is not
         begun = time.perf_counter()
@@ -165,7 +178,7 @@ def measure(model: nn.Module, bench: Workbench, clock: Clock) -> tuple[Rung, ...
         rungs.append(Rung(kind="divergence", share=0.0, value=mean, stderr=error, seconds=seconds))
     if wanted.unrecovered:
         clock.enter("unrecovered")
-        metric, tasks = bench.study.objective.metric, bench.items("search")
+        metric, tasks = bench.study.objective.metric, bench.items("search", outline)
         begun = time.perf_counter()
         logliks = score_blocks(model, first_items(tasks, wanted.unrecovered))
         mean, error = evaluation.objective(task_scores(tasks, logliks), metric)
@@ -180,7 +193,9 @@ def first_items(tasks: dict[str, TaskItems], share: float, after: dict[str, int]
     return {name: task.encoded[(after or {}).get(name, 0) : ends[name]] for name, task in tasks.items()}
 
 
-def evaluate(model: nn.Module, bench: Workbench, clock: Clock, race: Race | None = None) -> Evaluated:
+def evaluate(
+    model: nn.Module, bench: Workbench, clock: Clock, race: Race | None = None, outline: Outline = WHOLE
+) -> Evaluated:
     """Score a model on the search items, block by block; stop where it is behind its rival with confidence.
 
     It is looked at after each of `racing.rungs`, see `racing.upper_bound`. The score of a model that stops is estimated
@@ -191,9 +206,10 @@ def evaluate(model: nn.Module, bench: Workbench, clock: Clock, race: Race | None
         bench: holds the items.
         clock: told of the progress.
         race: against whom; None, or a rival that was not scored on all items, is no race.
+        outline: of the model, whose tokenizer writes the items.
     """
     metric, rules = bench.study.objective.metric, bench.study.racing
-    tasks = bench.items("search")
+    tasks = bench.items("search", outline)
     counts = {name: len(task.items) for name, task in tasks.items()}
     race = race if race is not None and racing.comparable(race.rival, counts) else None
     # The same blocks with a rival and without: in half precision a score depends on what shares its batch.
@@ -253,6 +269,7 @@ def run_trial(
     clock = Clock(observer)
     notes: dict[str, float | str] = {}
     rungs: tuple[Rung, ...] = ()
+    outline = WHOLE
     if data is None:
         clock.enter("load")
         dense = bench.structure()
@@ -260,11 +277,12 @@ def run_trial(
     else:
         config = TrialConfig.from_dict(data, "trial")
         pruned = prune(config, bench, clock)
-        model, widths, parameters = pruned.model, pruned.plan.widths(pruned.structure), pruned.plan.parameters
-        rungs = measure(model, bench, clock)
+        plan, outline = pruned.plan, pruned.structure.outline
+        model, widths, parameters = pruned.model, plan.dense_widths(pruned.structure), plan.parameters
+        rungs = measure(pruned, bench, clock)
         notes = _loss_notes(recover(pruned, config.recovery, config, bench, clock))
         del pruned
-    found = evaluate(model, bench, clock, race)
+    found = evaluate(model, bench, clock, race, outline)
     clock.enter("done")
     bench.assert_unchanged()
     del model

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from adasearch import data, models
+from adasearch import data, models, outlined
 from adasearch.config import CalibrationConfig, Component, StudyConfig, UnitsConfig
 from adasearch.documents import fingerprint
 from adasearch.errors import DataError, TrialError
 from adasearch.pruning import architectures, calibration
 from adasearch.pruning.statistics import Statistics
 from adasearch.pruning.statistics_cache import Cache
+from adasearch.pruning.structure import WHOLE, Outline
 from adasearch.tuning import divergence, scoring, tasks
 from adasearch.tuning.items import Item, Role
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from adasearch.models import BaseModel
     from adasearch.pruning.structure import ModelStructure
 
 
@@ -48,13 +51,14 @@ class _Origin:
 
     def accumulate(self, first: int, stop: int, families: frozenset[str]) -> Statistics:
         """Return families that merge of the sequences from `first` to `stop`."""
-        sample = dataclasses.replace(self.sample, samples=stop)
-        tokens = data.token_matrix(self.bench.base.tokenizer, sample, self.bench.study.data_root)
-        return calibration.accumulate(self.bench.dense(), self.structure, tokens[first:], families)
+        tokens = self.bench.sample_tokens(dataclasses.replace(self.sample, samples=stop), self.structure.outline)
+        model = self.bench.dense(self.structure.outline)
+        return calibration.accumulate(model, self.structure, tokens[first:], families)
 
     def read(self, merged: Statistics, needs: frozenset[str], sequences: int) -> Statistics:
         """Return the families in `needs` that follow from `merged`."""
-        return calibration.read(merged, needs, self.structure, self.bench.base.weights, sequences)
+        weights = self.bench.outlined(self.structure.outline).weights
+        return calibration.read(merged, needs, self.structure, weights, sequences)
 
 
 def cache_folder(run: Path) -> Path:
@@ -90,21 +94,64 @@ class Workbench:
         self._items: dict[str, dict[str, TaskItems]] = {}
         self._texts: dict[str, torch.Tensor] = {}
         self._dense: nn.Module | None = None
+        self._small: tuple[BaseModel, nn.Module | None] = (self.base, None)
+        self._use: dict[tuple[str, int], torch.Tensor] = {}
         self._last: tuple[tuple[str, int, frozenset[str]], Statistics] | None = None
         self._reference: divergence.Reference | None = None
 
-    def structure(self, units: UnitsConfig | None = None) -> ModelStructure:
-        """Return the model's structure with the units asked for."""
+    def structure(self, units: UnitsConfig | None = None, outline: Outline = WHOLE) -> ModelStructure:
+        """Return the structure, with the units asked for, of the model that an outline leaves."""
         units = units or UnitsConfig()
         if units not in self._structures:
             self._structures[units] = architectures.describe(self.base.shape, units)
-        return self._structures[units]
+        whole = self._structures[units]
+        if outline.whole:
+            return whole
+        left = architectures.describe(self.outlined(outline).shape, units)
+        return dataclasses.replace(left, outline=outline, origin=whole)
 
-    def dense(self) -> nn.Module:
-        """Return the dense model; callers must not change it."""
-        if self._dense is None:
-            self._dense = models.dense_model(self.base).to(self.device)
-        return self._dense
+    def outlined(self, outline: Outline) -> BaseModel:
+        """Return what an outline leaves of the model, the last one kept; callers must not change it."""
+        if outline.whole:
+            return self.base
+        if self._small[0].outline != outline:
+            self._small = (self.base, None)  # before the next is made: two of them need not fit into memory
+            self._small = (outlined.outlined(self.base, self.structure(), outline), None)
+        return self._small[0]
+
+    def dense(self, outline: Outline = WHOLE) -> nn.Module:
+        """Return the model that an outline leaves, all its widths as they were; callers must not change it."""
+        if outline.whole:
+            if self._dense is None:
+                self._dense = models.dense_model(self.base).to(self.device)
+            return self._dense
+        base = self.outlined(outline)
+        model = self._small[1]
+        if model is None:
+            model = models.dense_model(base).to(self.device)
+            self._small = (base, model)
+        return model
+
+    def sample_tokens(self, sample: CalibrationConfig, outline: Outline = WHOLE) -> torch.Tensor:
+        """Return the tokens of a calibration sample (N × T)."""
+        tokenizer = self.outlined(outline).tokenizer
+        tokens: torch.Tensor = data.token_matrix(tokenizer, sample, self.study.data_root)
+        return tokens
+
+    def token_use(self, corpora: tuple[str, ...], tokens: int) -> torch.Tensor:
+        """Return how often each token of the dense vocabulary occurs in the calibration parts of corpora (V, int64).
+
+        Args:
+            corpora: their names.
+            tokens: how many of each are counted at most.
+        """
+        total = torch.zeros(self.base.shape.vocabulary, dtype=torch.long)
+        for corpus in corpora:
+            if (corpus, tokens) not in self._use:
+                ids = data.first_tokens(self.base.tokenizer, corpus, tokens, self.study.data_root)
+                self._use[corpus, tokens] = torch.bincount(ids, minlength=len(total))
+            total += self._use[corpus, tokens]
+        return total
 
     def statistics(
         self, structure: ModelStructure, sample: CalibrationConfig, units: UnitsConfig, needs: frozenset[str]
@@ -116,7 +163,8 @@ class Workbench:
         if not needs:
             return None
         version = data.corpus_version(sample.corpus, self.study.data_root)
-        content = (self._checksum, str(self.base.dtype), units, self.study.data_root, version, _STATISTICS_VERSION)
+        model = (self._checksum, str(self.base.dtype), structure.outline)
+        content = (*model, units, self.study.data_root, version, _STATISTICS_VERSION)
         key = fingerprint((*content, dataclasses.replace(sample, samples=1)))
         asked = (key, sample.samples, needs)
         if self._last is None or self._last[0] != asked:
@@ -150,15 +198,24 @@ class Workbench:
             self.release()
         return self._reference
 
-    def items(self, role: Role) -> dict[str, TaskItems]:
-        """Return the items of every task in a role (``search``, ``select`` or ``report``), by task."""
+    def items(self, role: Role, outline: Outline = WHOLE) -> dict[str, TaskItems]:
+        """Return the items of every task in a role (``search``, ``select`` or ``report``), by task.
+
+        Their texts are the same for every model; a smaller vocabulary writes them in other tokens.
+        """
         if role not in self._items:
-            limit = scoring.max_length(self.base.config, self.base.tokenizer)
-            self._items[role] = {
-                name: TaskItems(items=items, encoded=scoring.encode(items, self.base.tokenizer, limit))
-                for name, items in tasks.study_items(self.study, role).items()
-            }
-        return self._items[role]
+            self._items[role] = self._encoded(tasks.study_items(self.study, role), WHOLE)
+        if outline.tokens is None:
+            return self._items[role]
+        return self._encoded({name: task.items for name, task in self._items[role].items()}, outline)
+
+    def _encoded(self, items: Mapping[str, tuple[Item, ...]], outline: Outline) -> dict[str, TaskItems]:
+        base = self.outlined(outline)
+        limit = scoring.max_length(base.config, base.tokenizer)
+        return {
+            name: TaskItems(items=found, encoded=scoring.encode(found, base.tokenizer, limit))
+            for name, found in items.items()
+        }
 
     def perplexity_tokens(self, corpus: str) -> torch.Tensor:
         """Return the tokens (T-vector) that the perplexity on a corpus is taken of, as many as the report wants."""
@@ -168,13 +225,15 @@ class Workbench:
             self._texts[corpus] = tokens[: report.perplexity_tokens].clone()
         return self._texts[corpus]
 
-    def recovery_tokens(self, recovery: Component, calibration_corpus: str, seed: int) -> torch.Tensor:
+    def recovery_tokens(
+        self, recovery: Component, calibration_corpus: str, seed: int, outline: Outline = WHOLE
+    ) -> torch.Tensor:
         """Return the training tokens of a recovery, one stream; empty for a recovery that trains on nothing."""
         amount = getattr(recovery.options, "tokens", 0)
         if not amount:
             return torch.zeros(0, dtype=torch.long)
         corpus = recovery.options.corpus or calibration_corpus
-        stream = data.token_stream(self.base.tokenizer, corpus, amount, seed, self.study.data_root)
+        stream = data.token_stream(self.outlined(outline).tokenizer, corpus, amount, seed, self.study.data_root)
         tokens: torch.Tensor = stream.tokens
         return tokens
 

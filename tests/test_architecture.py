@@ -21,10 +21,14 @@ FLOORS = [
     ["tuning.decoder"],
     ["pruning", "search.dimensions", "search.space", "search.parameters", "tuning.items", "tuning.scoring"],
     ["checkpoints", "placement"],
-    ["models", "data", "search.surrogate", "tuning.cloze"],
-    ["pruning.calibration", "pruning.surgery", "pruning.compensation", "tuning", "loading"],
+    ["modeling_adasearch"],
+    ["models", "data", "tokenization", "search.surrogate", "tuning.cloze"],
+    ["pruning.calibration", "pruning.surgery", "pruning.compensation", "pruning.masking"],
+    ["outlined"],
+    ["tuning", "loading"],
     ["search"],
     ["environment", "workbench"],
+    ["outlining"],
     ["trial"],
     [
         "worker",
@@ -52,8 +56,8 @@ ROOMS = {
 }
 # The modules that may import a heavy dependency.
 DOORS = {
-    "transformers": ("models", "tuning.export", "loading"),
-    "huggingface_hub": ("models", "data", "tuning.export"),
+    "transformers": ("models", "modeling_adasearch", "tuning.export", "loading"),
+    "huggingface_hub": ("models", "modeling_adasearch", "data", "tuning.export"),
     "safetensors": ("models", "pruning.statistics", "pruning.statistics_cache", "tuning.export", "loading"),
     "gguf": ("checkpoints", "tuning.export"),
     "peft": (),  # what our updates are compared with

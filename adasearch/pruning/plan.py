@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from adasearch.config import UnitsConfig
 from adasearch.documents import parse, plain, value
 from adasearch.errors import ConfigError, ModelError, TrialError
-from adasearch.pruning.structure import Group, ModelStructure
+from adasearch.pruning.structure import WHOLE, Group, ModelStructure, Outline
 from adasearch.records import write_json
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ class PruningPlan:
         keep: indices of the units that stay, ascending, by group name; over all partitions of the group.
         biases: output projections that gain a bias, in the order of their names.
         parameters: number of parameters after the cut, added biases included.
-        dense_parameters: before it.
+        dense_parameters: before it, and before the outline.
+        outline: what was taken from the model first; the groups are those of what it left.
     """
 
     family: str
@@ -38,6 +39,7 @@ class PruningPlan:
     biases: tuple[str, ...]
     parameters: int
     dense_parameters: int
+    outline: Outline = WHOLE
 
     @property
     def removed(self) -> float:
@@ -47,6 +49,12 @@ class PruningPlan:
     def widths(self, structure: ModelStructure) -> dict[str, int]:
         """Return the units kept per partition, by group name."""
         return {g.name: len(self.keep[g.name]) // g.partitions for g in structure.groups}
+
+    def dense_widths(self, structure: ModelStructure) -> dict[str, int]:
+        """Return the same by the group's name in the dense model, 0 for sublayers that the outline took."""
+        number = structure.dense.layers
+        left = {self.outline.dense_name(name, number): width for name, width in self.widths(structure).items()}
+        return {g.name: left.get(g.name, 0) for g in structure.dense.groups}
 
     def save(self, path: Path) -> None:
         """Write the plan to `path` as JSON, atomically."""
@@ -120,7 +128,8 @@ def make_plan(
         keep=keep,
         biases=tuple(added),
         parameters=structure.count(widths, added),
-        dense_parameters=structure.parameters,
+        dense_parameters=structure.dense.parameters,
+        outline=structure.outline,
     )
 
 
@@ -131,9 +140,10 @@ def check_plan(plan: PruningPlan, structure: ModelStructure) -> None:
         ModelError: what differs, with both values.
     """
     names = [g.name for g in structure.groups]
-    given = (plan.family, sorted(plan.keep), plan.dense_parameters)
-    wanted = (structure.family, sorted(names), structure.parameters)
-    for what, has, must in zip(("family", "groups", "number of dense parameters"), given, wanted, strict=True):
+    given = (plan.family, plan.outline, sorted(plan.keep), plan.dense_parameters)
+    wanted = (structure.family, structure.outline, sorted(names), structure.dense.parameters)
+    facts = ("family", "outline", "groups", "number of dense parameters")
+    for what, has, must in zip(facts, given, wanted, strict=True):
         if has != must:
             raise ModelError(f"plan: {what} must be that of the model, {_short(must)}, given {_short(has)}")
     unknown = sorted(set(plan.biases) - set(structure.output_biases))

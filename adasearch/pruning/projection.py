@@ -65,14 +65,19 @@ class _Ladder:
 
 def _base(structure: ModelStructure, budget: BudgetConfig) -> int:
     """Return the number of parameters that the fraction `budget.remove` is of."""
-    return structure.parameters - (structure.embedding_parameters if budget.of == "non_embedding" else 0)
+    dense = structure.dense
+    return dense.parameters - (dense.embedding_parameters if budget.of == "non_embedding" else 0)
 
 
 def removal(structure: ModelStructure, budget: BudgetConfig, biases: Iterable[str] = ()) -> int:
-    """Return how many parameters must be cut at least, those that added `biases` (module names) cost included."""
+    """Return how many parameters must be cut at least, those that added `biases` (module names) cost included.
+
+    What the outline of the structure has removed already counts; it may be more than enough, see `project`.
+    """
     # The decimal that the user wrote, not the nearest double: 0.2 of 10 parameters is 2, not 3.
     exact = Fraction(str(budget.remove)) * _base(structure, budget)
-    return math.ceil(exact) + sum(structure.added(biases).values())
+    gone = structure.dense.parameters - structure.parameters
+    return math.ceil(exact) - gone + sum(structure.added(biases).values())
 
 
 def _ladders(structure: ModelStructure, ratios: Mapping[str, float], multiple: int) -> list[_Ladder]:
@@ -95,7 +100,8 @@ def _most(ladders: Iterable[_Ladder]) -> int:
 
 
 def _fraction(structure: ModelStructure, budget: BudgetConfig, biases: Iterable[str], most: int) -> float:
-    left = most - sum(structure.added(biases).values())
+    gone = structure.dense.parameters - structure.parameters
+    left = gone + most - sum(structure.added(biases).values())
     return max(0, math.floor(10_000 * left / _base(structure, budget))) / 10_000
 
 

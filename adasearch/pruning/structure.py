@@ -89,6 +89,51 @@ class Group:
 
 
 @value
+class Outline:
+    """What stays of a model besides the widths of its sublayers; without anything said all of it does.
+
+    A model cut to an outline is an ordinary smaller model: the layers that are left are counted anew, and a sublayer
+    that is gone adds nothing to the residual stream.
+
+    Args:
+        gone: sublayers that go (module paths in the dense model, such as ``model.layers.3.mlp``), ascending.
+        hidden: dimensions of the residual stream that stay, ascending; None for all.
+        tokens: rows of the embeddings that stay, ascending; None for all.
+    """
+
+    gone: tuple[str, ...] = ()
+    hidden: tuple[int, ...] | None = None
+    tokens: tuple[int, ...] | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Return whether all of the model stays."""
+        return self == Outline()
+
+    def layers(self, number: int) -> tuple[int, ...]:
+        """Return the layers, of `number` in the dense model, of which a sublayer stays, ascending."""
+        lost = [sum(path.startswith(f"model.layers.{i}.") for path in self.gone) for i in range(number)]
+        return tuple(i for i, count in enumerate(lost) if count < len(SUBLAYERS))
+
+    def skipped(self, number: int) -> tuple[str, ...]:
+        """Return the sublayers that are gone from layers of which another stays, by their path in the smaller model."""
+        index = {old: new for new, old in enumerate(self.layers(number))}
+        split = [path.split(".") for path in self.gone]
+        return tuple(f"model.layers.{index[int(p[2])]}.{p[3]}" for p in split if int(p[2]) in index)
+
+    def dense_name(self, name: str, number: int) -> str:
+        """Return the path in the dense model of a module or parameter of the smaller one."""
+        parts = name.split(".")
+        if name.startswith("model.layers."):
+            parts[2] = str(self.layers(number)[int(parts[2])])
+        return ".".join(parts)
+
+
+SUBLAYERS = ("self_attn", "mlp")
+WHOLE = Outline()
+
+
+@value
 class ModelStructure:
     """All groups of a model in the order of its layers, and its parameter counts.
 
@@ -98,6 +143,11 @@ class ModelStructure:
         output_biases: output projections whose bias compensation may set, and the number of parameters that this adds:
             D, or 0 where the projection has a bias already.
         lora_targets: last parts of the names of the projections that LoRA may adapt.
+        stream: slices of the dimensions of the residual stream; every one of them owns a part of each.
+        tokens: slices of the rows of the embeddings and, where it is not tied, of the output head.
+        norms: parameters that leave with a sublayer beside its own, by its path.
+        outline: how this model came out of a larger one.
+        origin: the structure of that one; None where it is this one.
     """
 
     family: str
@@ -107,6 +157,16 @@ class ModelStructure:
     embedding_parameters: int
     output_biases: dict[str, int]
     lora_targets: tuple[str, ...]
+    stream: tuple[Slice, ...] = ()
+    tokens: tuple[Slice, ...] = ()
+    norms: dict[str, str] = dataclasses.field(default_factory=dict)
+    outline: Outline = WHOLE
+    origin: ModelStructure | None = None
+
+    @property
+    def dense(self) -> ModelStructure:
+        """Return the structure of the model that everything is counted against: budgets, plans, reports."""
+        return self.origin or self
 
     def group(self, name: str) -> Group:
         """Return the group called `name`."""
@@ -129,6 +189,32 @@ class ModelStructure:
     def added(self, modules: Iterable[str]) -> dict[str, int]:
         """Return the number of parameters that a bias adds to each of `modules`, those that have one left out."""
         return {name: self.output_biases[name] for name in sorted(modules) if self.output_biases[name]}
+
+
+def sizes(shape: ModelShape, structure: ModelStructure, outline: Outline) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter that an outline leaves, by its name in the dense model.
+
+    Args:
+        shape: of the dense model.
+        structure: of the same.
+        outline: what stays.
+    """
+    lost = {structure.norms[path] for path in outline.gone}
+    prefixes = tuple(f"{path}." for path in outline.gone)
+    kept: dict[str, dict[int, int]] = {}
+    for pieces, stays in ((structure.stream, outline.hidden), (structure.tokens, outline.tokens)):
+        for piece in pieces if stays is not None else ():
+            kept.setdefault(piece.parameter, {})[piece.dim] = len(stays)
+    return {
+        name: tuple(kept.get(name, {}).get(dim, size) for dim, size in enumerate(dims))
+        for name, dims in shape.shapes.items()
+        if name not in lost and not name.startswith(prefixes)
+    }
+
+
+def count_outlined(shape: ModelShape, structure: ModelStructure, outline: Outline) -> int:
+    """Return the number of parameters that an outline leaves; arguments as in `sizes`."""
+    return sum(map(math.prod, sizes(shape, structure, outline).values()))
 
 
 def priced(shape: ModelShape, group: Group) -> Group:

@@ -76,7 +76,18 @@ def _rotated(x: Tensor, norm: Any, size: int, run: _Run) -> Tensor:
 
 def _layer(layer: Any, x: Tensor, run: _Run) -> Tensor:
     """Return the residual stream (N × D) after one layer."""
-    attention, mlp = layer.self_attn, layer.mlp
+    if not _absent(layer.self_attn):
+        x = _attention(layer, x, run)
+    return x if _absent(layer.mlp) else _mlp(layer, x, run)
+
+
+def _absent(sublayer: Any) -> bool:
+    """Return whether a sublayer was taken out, see `modeling_adasearch.leave_out`."""
+    return bool(getattr(sublayer, "absent", False))
+
+
+def _attention(layer: Any, x: Tensor, run: _Run) -> Tensor:
+    attention = layer.self_attn
     norm, size = layer.input_layernorm, attention.head_dim
     reads = tuple(_projection(p, run.updates) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
     q, k, v = kernels.norm_project(x, norm.weight, norm.variance_epsilon, reads)
@@ -88,8 +99,11 @@ def _layer(layer: Any, x: Tensor, run: _Run) -> Tensor:
         seen = kernels.attend(q, k, v, mask, layout)
     else:
         seen = kernels.attend_fused(q, k, v, mask, layout)
-    x = kernels.project_add(seen, x, _projection(attention.o_proj, run.updates))
-    norm = layer.post_attention_layernorm
+    return kernels.project_add(seen, x, _projection(attention.o_proj, run.updates))
+
+
+def _mlp(layer: Any, x: Tensor, run: _Run) -> Tensor:
+    norm, mlp = layer.post_attention_layernorm, layer.mlp
     reads = tuple(_projection(p, run.updates) for p in (mlp.gate_proj, mlp.up_proj))
     gate, up = kernels.norm_project(x, norm.weight, norm.variance_epsilon, reads)
     return kernels.gated_add(gate, up, x, _projection(mlp.down_proj, run.updates))
@@ -114,7 +128,7 @@ def _masks(core: Any, mask: Tensor | None, embedded: Tensor, *, plain: bool) -> 
     """Return the mask for every window of the model's layers; one that is given counts for all of them."""
     batch, length, _ = embedded.shape
     found: dict[int | None, Tensor | None] = {}
-    for window in {_window(layer) for layer in core.layers}:
+    for window in {_window(layer) for layer in core.layers if not _absent(layer.self_attn)}:
         far = window is not None and length > window
         if mask is not None or not (plain or far):
             found[window] = mask

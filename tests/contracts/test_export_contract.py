@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from adasearch import loading
+from adasearch import loading, modeling_adasearch
 from adasearch.registry import EXPORT
-from adasearch.tuning.export import _modeling, _verify
+from adasearch.tuning.export import _verify
 from tests.tuning.test_export import LAYERS, UNEVEN, make_case
 
 
@@ -23,7 +23,7 @@ def test_signature(name: str) -> None:
 
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("attention", ["kv_group", "head", "none"])
-@pytest.mark.parametrize("family", sorted(_modeling.MODELS))
+@pytest.mark.parametrize("family", sorted(modeling_adasearch.MODELS))
 def test_round_trip(family: str, attention: str, biases: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_verify, "_open_fresh", _verify.open_and_compare)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))

@@ -14,13 +14,13 @@ import pytest
 import torch
 import transformers
 
-from adasearch import loading, models
+from adasearch import loading, modeling_adasearch, models
 from adasearch.config import TaskScore, UnitsConfig
 from adasearch.errors import ModelError, StorageError
 from adasearch.pruning import architectures, surgery
 from adasearch.pruning.plan import PruningPlan, make_plan
 from adasearch.records import FinalRecord
-from adasearch.tuning.export import MARKER, SUMS, ModelCard, _modeling, _verify, hf
+from adasearch.tuning.export import MARKER, SUMS, ModelCard, _verify, hf
 
 LAYERS = 3
 CONFIGS = {
@@ -148,7 +148,7 @@ class TestUneven:
             "config.json",
             "plan.json",
             "README.md",
-            _modeling.FILE_NAME,
+            modeling_adasearch.FILE_NAME,
             MARKER,
             SUMS,
         } <= names
@@ -164,7 +164,7 @@ class TestUneven:
     def test_adasearch_load_runs_no_code_of_the_folder(self, uneven: tuple[Case, Path], tmp_path: Path) -> None:
         copy = tmp_path / "copy"
         shutil.copytree(uneven[1], copy)
-        (copy / _modeling.FILE_NAME).write_text("raise SystemExit('this code must not run')")
+        (copy / modeling_adasearch.FILE_NAME).write_text("raise SystemExit('this code must not run')")
         assert torch.equal(logits(loading.load(copy)), logits(uneven[0].model))
 
     def test_transformers_with_trust(self, uneven: tuple[Case, Path], tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ class TestDamage:
             loading.load(tmp_path)
 
     def test_foreign_modelling_file_is_not_run(self, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        (copy / _modeling.FILE_NAME).write_text("raise SystemExit('this code must not run')")
+        (copy / modeling_adasearch.FILE_NAME).write_text("raise SystemExit('this code must not run')")
         assert _verify.open_and_compare(copy, None, "cpu").difference <= 1e-3
 
 
@@ -315,7 +315,7 @@ class TestUniform:
         assert type(opened) is transformers.LlamaForCausalLM
         assert torch.equal(logits(opened), logits(case.model))
         assert opened.config.num_attention_heads == 6
-        assert not (tmp_path / "out" / _modeling.FILE_NAME).exists()
+        assert not (tmp_path / "out" / modeling_adasearch.FILE_NAME).exists()
 
     def test_heads_that_llama_refuses(self, tmp_path: Path) -> None:
         changes = {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 6}

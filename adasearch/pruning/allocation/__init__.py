@@ -48,9 +48,9 @@ class AllocationContext:
 
     @property
     def share(self) -> float:
-        """Return the fraction of the parameters of all groups that must go, 1 where that is more than there are."""
+        """Return the fraction of the parameters of all groups that must go, between 0 and 1."""
         total = sum(g.width * g.step_cost for g in self.structure.groups)
-        return min(1.0, removal(self.structure, self.budget, self.biases) / total)
+        return min(1.0, max(0, removal(self.structure, self.budget, self.biases)) / total)
 
     @property
     def layer_paths(self) -> dict[int, str]:

@@ -10,6 +10,19 @@ from adasearch.pruning.structure import Group, ModelShape, ModelStructure, Slice
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+_NORMS = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
+"""What a sublayer reads through, and takes along when it leaves."""
+_READS, _WRITES = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
+
+
+def _stream_dim(parameter: str) -> int | None:
+    """Return the dimension of a parameter that runs along the residual stream, None where none does."""
+    *_, module, kind = parameter.split(".")
+    if module in {"embed_tokens", "lm_head"} or (module in _READS and kind == "weight"):
+        return 1
+    return 0 if module in {*_NORMS.values(), "norm", *_WRITES} else None
+
+
 def _rows(shape: ModelShape, module: str, block: int) -> tuple[Slice, ...]:
     """Return the slices of a projection whose output features belong to units: weight rows, bias if it has one."""
     names = (f"{module}.weight", f"{module}.bias")
@@ -71,9 +84,10 @@ def describe_decoder(shape: ModelShape, units: UnitsConfig) -> ModelStructure:
     """Return the structure of a Llama-like decoder; norms over single heads, as in Qwen3, are shared and stay whole."""
     groups: list[Group] = []
     for layer in range(shape.layers):
-        if units.attention != "none":
+        # A sublayer that an outline took away has no parameters, and nothing that could be cut.
+        if units.attention != "none" and f"model.layers.{layer}.self_attn.o_proj.weight" in shape.shapes:
             groups.append(priced(shape, _attention(shape, layer, units.attention)))
-        if units.mlp != "none":
+        if units.mlp != "none" and f"model.layers.{layer}.mlp.down_proj.weight" in shape.shapes:
             groups.append(priced(shape, _mlp(shape, layer)))
     embeddings = {
         name: dims for name, dims in shape.shapes.items() if name.endswith(("embed_tokens.weight", "lm_head.weight"))
@@ -86,4 +100,13 @@ def describe_decoder(shape: ModelShape, units: UnitsConfig) -> ModelStructure:
         embedding_parameters=sum(math.prod(dims) for dims in embeddings.values()),
         output_biases={g.output: 0 if f"{g.output}.bias" in shape.shapes else shape.hidden for g in groups},
         lora_targets=PROJECTIONS,
+        stream=tuple(
+            Slice(parameter=name, dim=dim, block=1) for name in shape.shapes if (dim := _stream_dim(name)) is not None
+        ),
+        tokens=tuple(Slice(parameter=name, dim=0, block=1) for name in embeddings),
+        norms={
+            f"model.layers.{layer}.{part}": f"model.layers.{layer}.{norm}.weight"
+            for layer in range(shape.layers)
+            for part, norm in _NORMS.items()
+        },
     )

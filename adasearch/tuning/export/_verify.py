@@ -112,11 +112,10 @@ def check_files(folder: Path) -> tuple[int, list[str]]:
 
 def _open(folder: Path, device: str) -> Any:
     """Open `folder` as a user does; the modelling file in it is run only when it is, byte for byte, our own."""
-    from adasearch import loading
-    from adasearch.tuning.export import _modeling
+    from adasearch import loading, modeling_adasearch
 
-    shipped = folder / _modeling.FILE_NAME
-    if not shipped.exists() or sha256(shipped) != sha256(Path(_modeling.__file__)):
+    shipped = folder / modeling_adasearch.FILE_NAME
+    if not shipped.exists() or sha256(shipped) != sha256(Path(modeling_adasearch.__file__)):
         return loading.load(folder, device=device)
     from transformers import AutoModelForCausalLM
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adasearch.errors import ModelError, StorageError
+from adasearch.outlined import generation_config
 from adasearch.records import storage_errors, write_atomically, write_json
 from adasearch.registry import EXPORT
 from adasearch.tuning.export import MARKER, SUMS, ExportReport, ModelCard, VerifyReport
@@ -70,15 +71,16 @@ def _check_cut(model: nn.Module, structure: ModelStructure, plan: PruningPlan) -
 
 
 def _layer_widths(model: Any, head_dim: int) -> list[dict[str, int]]:
-    """Return what each layer is as wide as, in the words of a config."""
-    return [
-        {
-            "num_attention_heads": layer.self_attn.q_proj.out_features // head_dim,
-            "num_key_value_heads": layer.self_attn.k_proj.out_features // head_dim,
-            "intermediate_size": layer.mlp.gate_proj.out_features,
-        }
-        for layer in model.model.layers
-    ]
+    """Return how wide each layer is, in the words of a config; what is said of absent sublayers is never used."""
+
+    def widths(layer: Any) -> dict[str, int]:
+        attention, mlp = layer.self_attn, layer.mlp
+        heads = (1, 1) if hasattr(attention, "absent") else (attention.q_proj, attention.k_proj)
+        q, k = (x if isinstance(x, int) else x.out_features // head_dim for x in heads)
+        wide = 1 if hasattr(mlp, "absent") else mlp.gate_proj.out_features
+        return {"num_attention_heads": q, "num_key_value_heads": k, "intermediate_size": wide}
+
+    return [widths(layer) for layer in model.model.layers]
 
 
 def _stock_config(base: BaseModel, widths: dict[str, int], dtype: str) -> Any | None:
@@ -94,7 +96,7 @@ def _stock_config(base: BaseModel, widths: dict[str, int], dtype: str) -> Any | 
 
 def _per_layer_config(base: BaseModel, widths: list[dict[str, int]], biases: tuple[str, ...], dtype: str) -> Any:
     """Return our config of the family: dense widths as the global values, the real ones per layer."""
-    from adasearch.tuning.export._modeling import FILE_NAME, MODELS
+    from adasearch.modeling_adasearch import FILE_NAME, MODELS
 
     if base.shape.family not in MODELS:
         raise ModelError(f"widths per layer can be exported for {', '.join(MODELS)}, given {base.shape.family}")
@@ -119,7 +121,8 @@ def _config(model: Any, base: BaseModel) -> tuple[Any, str]:
     found = (_LAYER_BIAS.fullmatch(name) for name in model.state_dict())
     biases = tuple(m["module"] for m in found if m and m.string not in base.shape.shapes)
     dtype = str(model.dtype).removeprefix("torch.")
-    uniform = not biases and all(layer == widths[0] for layer in widths)
+    whole = not biases and not getattr(base.config, "absent_sublayers", ())
+    uniform = whole and all(layer == widths[0] for layer in widths)
     stock = _stock_config(base, widths[0], dtype) if uniform else None
     return (stock, "stock") if stock is not None else (_per_layer_config(base, widths, biases, dtype), "per_layer")
 
@@ -138,12 +141,11 @@ def _write_text_files(model: Any, base: BaseModel, draft: Path) -> str:
     config, layout = _config(model, base)
     config.save_pretrained(draft)
     if layout == "per_layer":
-        from adasearch.tuning.export import _modeling
+        from adasearch import modeling_adasearch
 
-        shutil.copyfile(_modeling.__file__, draft / _modeling.FILE_NAME)
-    generation = base.folder / "generation_config.json"
-    if generation.is_file():
-        shutil.copyfile(generation, draft / generation.name)
+        shutil.copyfile(modeling_adasearch.__file__, draft / modeling_adasearch.FILE_NAME)
+    if generation := generation_config(base):
+        write_json(draft / "generation_config.json", generation)
     if base.tokenizer is not None:
         base.tokenizer.save_pretrained(draft)
     return layout

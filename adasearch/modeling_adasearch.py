@@ -2,8 +2,9 @@
 
 This file is the one that adasearch writes beside a model as ``modeling_adasearch.py``; it needs transformers >= 5.23
 and nothing else. ``config.json`` holds in `per_layer_config` the `num_attention_heads`, `num_key_value_heads` and
-`intermediate_size` of every layer (the global values are those of the dense model) and in `extra_biases` the names of
-the linear layers that gained a bias. Everything else, forward pass and cache included, is the stock code.
+`intermediate_size` of every layer (the global values are those of the dense model), in `extra_biases` the names of
+the linear layers that gained a bias, and in `absent_sublayers` the attention and MLP sublayers that are gone.
+Everything else, forward pass and cache included, is the stock code.
 """
 
 # mypy: disable-error-code="no-untyped-call, call-arg, misc"
@@ -29,6 +30,46 @@ from transformers import (
 
 FILE_NAME = "modeling_adasearch.py"
 WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+
+
+class _Absent(nn.Module):
+    """Stands where a sublayer was, and adds nothing to the residual stream."""
+
+    absent = True
+
+
+class AbsentAttention(_Absent):
+    """No attention. The cache learns how many tokens went by, since it counts them in the first layer."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.layer_idx = index
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        """Return zeros, and no attention weights."""
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            nothing = hidden_states.new_empty(hidden_states.shape[0], 1, hidden_states.shape[1], 0)
+            cache.update(nothing, nothing, self.layer_idx)
+        return torch.zeros_like(hidden_states), None
+
+
+class AbsentMlp(_Absent):
+    """No MLP."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return zeros."""
+        return torch.zeros_like(hidden_states)
+
+
+def leave_out(model: nn.Module, names: Any) -> None:
+    """Take sublayers (module paths such as ``model.layers.3.mlp``) out of a model, with the norms that they read."""
+    for name in names:
+        layer: Any = model.get_submodule(name.rpartition(".")[0])
+        if name.endswith(".self_attn"):
+            layer.self_attn, layer.input_layernorm = AbsentAttention(layer.self_attn.layer_idx), nn.Identity()
+        else:
+            layer.mlp, layer.post_attention_layernorm = AbsentMlp(), nn.Identity()
 
 
 class _PerLayerConfig:
@@ -87,6 +128,7 @@ class _PerLayerWidths:
         for module in decoder.layers.modules():
             if hasattr(module, "config"):
                 module.config = config  # one config for all, so that a later change of attention kernel reaches them
+        leave_out(self, getattr(config, "absent_sublayers", None) or ())  # type: ignore[arg-type]
         for name in getattr(config, "extra_biases", None) or ():
             linear = self.get_submodule(name)  # type: ignore[attr-defined]
             linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
