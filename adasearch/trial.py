@@ -5,8 +5,9 @@ describe -> calibrate -> score -> allocate -> plan -> cut + compensate -> measur
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,11 @@ import numpy as np
 
 from adasearch import environment, models, racing, registry
 from adasearch.config import Component, TaskScore, TrialConfig, TrialResult
+from adasearch.data import token_matrix
 from adasearch.errors import ConfigError, TrialError
-from adasearch.pruning import allocation, compensation, importance, surgery
-from adasearch.pruning.allocation import AllocationContext
-from adasearch.pruning.plan import PruningPlan, make_plan
-from adasearch.pruning.projection import project
+from adasearch.pruning import schedule, surgery
+from adasearch.pruning.plan import PruningPlan
+from adasearch.pruning.schedule import ScheduleContext
 from adasearch.racing import Race, Rung, TaskValues
 from adasearch.tuning import divergence, evaluation, scoring
 from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
@@ -95,47 +96,47 @@ class Evaluated:
     rungs: tuple[Rung, ...]
 
 
-def needs_of(config: TrialConfig) -> frozenset[str]:
-    """Return the families of statistics that the steps of a trial read."""
-    scored = importance.needs(config.importance) | allocation.needs(config.allocation)
-    return scored | compensation.needs(config.compensation)
-
-
-def decide(
+def context_of(
     config: TrialConfig, bench: Workbench, structure: ModelStructure, statistics: Statistics | None
-) -> PruningPlan:
-    """Return which units stay: scores, then widths on the budget, then the best units of each group."""
-    budget = bench.study.budget
-    scores = importance.score_all(structure, bench.base.weights, statistics, config.importance, config.seed)
-    biases = compensation.bias_modules(config.compensation, structure)
-    context = AllocationContext(
-        structure=structure,
-        budget=budget,
-        scores=scores,
-        statistics=statistics,
+) -> ScheduleContext:
+    """Return what the schedule of a trial decides from, given statistics of the dense model."""
+    return ScheduleContext(
+        config=bench.base.config,
         weights=bench.base.weights,
-        biases=biases,
+        structure=structure,
+        statistics=statistics,
+        tokens=lambda: token_matrix(bench.base.tokenizer, config.calibration, bench.study.data_root),
+        trial=config,
+        budget=bench.study.budget,
+        device=bench.device,
     )
+
+
+@contextlib.contextmanager
+def refusals(phase: str) -> Iterator[None]:
+    """Make what a configuration asks for and cannot have the failure of its trial: no reason to end a search."""
     try:
-        widths = project(structure, allocation.shape(context, config.allocation), budget, biases)
+        yield
     except ConfigError as error:
-        # One shape of ratios that cannot reach the budget is no reason to end a search.
-        raise TrialError("config", str(error), "plan") from error
-    return make_plan(structure, config.units, scores, widths, biases)
+        raise TrialError("config", str(error), phase) from error
 
 
 def prune(config: TrialConfig, bench: Workbench, clock: Clock) -> Pruned:
     """Return the model cut to the budget and compensated, not yet recovered."""
     structure = bench.structure(config.units)
     clock.enter("calibrate")
-    statistics = bench.statistics(structure, config.calibration, config.units, needs_of(config))
+    with refusals("calibrate"):
+        schedule.check(config)
+    statistics = bench.statistics(structure, config.calibration, config.units, schedule.needs(config))
     clock.enter("plan")
-    plan = decide(config, bench, structure, statistics)
+    context = context_of(config, bench, structure, statistics)
+    with refusals("plan"):
+        decision = schedule.decide(context)
     clock.enter("cut")
-    model = surgery.cut(bench.base.config, bench.base.weights, structure, plan, models.own_weights(bench.base))
+    model = surgery.cut(context.config, context.weights, structure, decision.plan, models.own_weights(bench.base))
     model = model.to(bench.device)
-    compensation.apply(model, structure, plan, statistics, bench.base.weights, config.compensation)
-    return Pruned(model=model, structure=structure, plan=plan)
+    schedule.compensate(model, context, decision)
+    return Pruned(model=model, structure=structure, plan=decision.plan)
 
 
 def recover(pruned: Pruned, recovery: Component, config: TrialConfig, bench: Workbench, clock: Clock) -> RecoveryReport:

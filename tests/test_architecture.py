@@ -22,7 +22,7 @@ FLOORS = [
     ["pruning", "search.dimensions", "search.space", "search.parameters", "tuning.items", "tuning.scoring"],
     ["checkpoints", "placement"],
     ["models", "data", "search.surrogate", "tuning.cloze"],
-    ["pruning.calibration", "pruning.surgery", "pruning.compensation", "tuning", "loading"],
+    ["pruning.calibration", "pruning.surgery", "pruning.compensation", "pruning.schedule", "tuning", "loading"],
     ["search"],
     ["environment", "workbench"],
     ["trial"],
