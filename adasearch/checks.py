@@ -14,7 +14,7 @@ from adasearch.documents import fingerprint, join, value
 from adasearch.environment import local_machine, machine, versions
 from adasearch.errors import ConfigError, DataError, ModelError, StorageError
 from adasearch.placement import GIB, Machine, Placement
-from adasearch.pruning import architectures
+from adasearch.pruning import architectures, schedule
 from adasearch.pruning.projection import reachable, removal
 from adasearch.pruning.structure import ModelShape, ModelStructure
 from adasearch.search.space import MANY_COLUMNS, Space
@@ -113,6 +113,12 @@ def _check_disk(folder: Path, parameters: int, models_kept: int) -> None:
         )
 
 
+def _check_schedule(study: StudyConfig) -> None:
+    """Refuse a schedule that can do nothing with what all trials have in common; what is searched shows in a trial."""
+    if not {"importance", "compensation", "schedule"} & set(study.space.dimensions):
+        schedule.check(TrialConfig.from_dict(study.trial, "trial"), "trial.schedule")
+
+
 def _located(error: ConfigError, where: str) -> ConfigError:
     """Return the error with the study's file in front of its key."""
     return error if error.where.startswith(where) else ConfigError(join(where, error.where), error.problem)
@@ -138,6 +144,7 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
             data.check_corpus(corpus, study.data_root, key)
         tasks.check_tasks(study)
         _check_perplexity(study)
+        _check_schedule(study)
     except ConfigError as error:
         raise _located(error, where) from None
     try:

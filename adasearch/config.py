@@ -195,6 +195,7 @@ COMPONENTS: dict[str, Registry] = {
     "importance": registry.IMPORTANCE,
     "allocation": registry.ALLOCATION,
     "compensation": registry.COMPENSATION,
+    "schedule": registry.SCHEDULE,
     "recovery": registry.RECOVERY,
 }
 
@@ -211,6 +212,7 @@ class TrialConfig:
     importance: Component
     allocation: Component
     compensation: Component
+    schedule: Component
     recovery: Component
     seed: int = 0
 
@@ -225,7 +227,7 @@ class TrialConfig:
         for key in data:
             if key not in sections:
                 raise ConfigError(join(where, key), f"unknown key {key!r}; {nearest(str(key), sections)}")
-        defaults = {"importance": "wanda_sp", "allocation": "uniform"}
+        defaults = {"importance": "wanda_sp", "allocation": "uniform", "schedule": "one_shot"}
         parts = {
             name: component(known, data.get(name, defaults.get(name, "none")), join(where, name))
             for name, known in COMPONENTS.items()

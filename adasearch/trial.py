@@ -5,8 +5,9 @@ outline -> calibrate -> score -> allocate -> plan -> cut + compensate -> measure
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,9 @@ import numpy as np
 from adasearch import environment, models, outlining, racing, registry
 from adasearch.config import Component, TaskScore, TrialConfig, TrialResult
 from adasearch.errors import ConfigError, TrialError
-from adasearch.pruning import allocation, compensation, importance, surgery
-from adasearch.pruning.allocation import AllocationContext
-from adasearch.pruning.plan import PruningPlan, make_plan
-from adasearch.pruning.projection import project
+from adasearch.pruning import schedule, surgery
+from adasearch.pruning.plan import PruningPlan
+from adasearch.pruning.schedule import ScheduleContext
 from adasearch.pruning.structure import WHOLE, Outline
 from adasearch.racing import Race, Rung, TaskValues
 from adasearch.tuning import divergence, evaluation, scoring
@@ -98,33 +98,30 @@ class Evaluated:
     rungs: tuple[Rung, ...]
 
 
-def needs_of(config: TrialConfig) -> frozenset[str]:
-    """Return the families of statistics that the steps of a trial read."""
-    scored = importance.needs(config.importance) | allocation.needs(config.allocation)
-    return scored | compensation.needs(config.compensation)
-
-
-def decide(
+def context_of(
     config: TrialConfig, bench: Workbench, structure: ModelStructure, statistics: Statistics | None
-) -> PruningPlan:
-    """Return which units stay: scores, then widths on the budget, then the best units of each group."""
-    budget, weights = bench.study.budget, bench.outlined(structure.outline).weights
-    scores = importance.score_all(structure, weights, statistics, config.importance, config.seed)
-    biases = compensation.bias_modules(config.compensation, structure)
-    context = AllocationContext(
+) -> ScheduleContext:
+    """Return what the schedule of a trial decides from, given statistics of the model before its widths are cut."""
+    base = bench.outlined(structure.outline)
+    return ScheduleContext(
+        config=base.config,
+        weights=base.weights,
         structure=structure,
-        budget=budget,
-        scores=scores,
         statistics=statistics,
-        weights=weights,
-        biases=biases,
+        tokens=lambda: bench.sample_tokens(config.calibration, structure.outline),
+        trial=config,
+        budget=bench.study.budget,
+        device=bench.device,
     )
+
+
+@contextlib.contextmanager
+def refusals(phase: str) -> Iterator[None]:
+    """Make what a configuration asks for and cannot have the failure of its trial: no reason to end a search."""
     try:
-        widths = project(structure, allocation.shape(context, config.allocation), budget, biases)
+        yield
     except ConfigError as error:
-        # One shape of ratios that cannot reach the budget is no reason to end a search.
-        raise TrialError("config", str(error), "plan") from error
-    return make_plan(structure, config.units, scores, widths, biases)
+        raise TrialError("config", str(error), phase) from error
 
 
 def prune(config: TrialConfig, bench: Workbench, clock: Clock) -> Pruned:
@@ -133,14 +130,18 @@ def prune(config: TrialConfig, bench: Workbench, clock: Clock) -> Pruned:
     outline = outlining.decide(config, bench)
     base, structure = bench.outlined(outline), bench.structure(config.units, outline)
     clock.enter("calibrate")
-    statistics = bench.statistics(structure, config.calibration, config.units, needs_of(config))
+    with refusals("calibrate"):
+        schedule.check(config)
+    statistics = bench.statistics(structure, config.calibration, config.units, schedule.needs(config))
     clock.enter("plan")
-    plan = decide(config, bench, structure, statistics)
+    context = context_of(config, bench, structure, statistics)
+    with refusals("plan"):
+        decision = schedule.decide(context)
     clock.enter("cut")
-    model = surgery.cut(base.config, base.weights, structure, plan, models.own_weights(base))
+    model = surgery.cut(base.config, base.weights, structure, decision.plan, models.own_weights(base))
     model = model.to(bench.device)
-    compensation.apply(model, structure, plan, statistics, base.weights, config.compensation)
-    return Pruned(model=model, structure=structure, plan=plan, base=base)
+    schedule.compensate(model, context, decision)
+    return Pruned(model=model, structure=structure, plan=decision.plan, base=base)
 
 
 def recover(pruned: Pruned, recovery: Component, config: TrialConfig, bench: Workbench, clock: Clock) -> RecoveryReport:

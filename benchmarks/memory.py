@@ -289,7 +289,8 @@ def steps(study_file: Path, recipe: str, cache: Path) -> None:
     told = Steps()
     _load(told)
     from adasearch.config import TrialConfig
-    from adasearch.trial import Clock, evaluate, needs_of, prune, recover
+    from adasearch.pruning import schedule
+    from adasearch.trial import Clock, evaluate, prune, recover
     from adasearch.workbench import Workbench
 
     os.environ["ADASEARCH_CACHE"] = str(cache)
@@ -301,7 +302,7 @@ def steps(study_file: Path, recipe: str, cache: Path) -> None:
         bench.items("search")
         bench.dense()
         told.after("items, dense model")
-        bench.statistics(bench.structure(config.units), config.calibration, config.units, needs_of(config))
+        bench.statistics(bench.structure(config.units), config.calibration, config.units, schedule.needs(config))
         bench.release()
         told.after("statistics computed, written")
         pruned = prune(config, bench, clock)

@@ -16,6 +16,7 @@ import torch
 
 from adasearch import data, models, trial
 from adasearch.config import ModelConfig, StudyConfig, TrialConfig, merged, study_from_dict
+from adasearch.pruning import schedule
 from adasearch.pruning.plan import PruningPlan
 from adasearch.tuning import cloze, tasks
 from adasearch.workbench import Workbench
@@ -135,4 +136,4 @@ def forget() -> None:
 def magnitude_plan(setting: Setting, bench: Workbench) -> PruningPlan:
     """Return a plan of the trial's widths; the units of a plan without statistics are others, its sizes are not."""
     config = TrialConfig.from_dict(merged(setting.study.trial, {"importance": "magnitude"}), "trial")
-    return trial.decide(config, bench, bench.structure(config.units), None)
+    return schedule.decide(trial.context_of(config, bench, bench.structure(config.units), None)).plan

@@ -16,7 +16,7 @@ import torch
 from adasearch import data, registry, trial
 from adasearch.config import TrialConfig
 from adasearch.documents import value
-from adasearch.pruning import calibration
+from adasearch.pruning import calibration, schedule
 from adasearch.tuning import scoring
 from adasearch.tuning.recovery import RecoveryContext
 from adasearch.workbench import Workbench
@@ -101,7 +101,7 @@ def interleaved(
 def statistics_work(sizes: work.Sizes, config: TrialConfig) -> dict[str, work.Work]:
     """Return the work of calibration the naive way and ours, which leaves out what no statistic reads."""
     sample = work.windows(config.calibration.samples, config.calibration.length)
-    if "gradient" in trial.needs_of(config):
+    if "gradient" in schedule.needs(config):
         return {
             "naive": work.operations(sizes, "gradients", sample),
             "ours": work.operations(sizes, "gradients", sample, head_passes=2),
@@ -125,7 +125,7 @@ def _plain(model: Any, tokens: torch.Tensor, *, backward: bool) -> None:
 def compare_statistics(shared: Shared) -> Compared:
     """Compare the statistics of a calibration sample; ``plain`` is a forward (and backward) over its tokens alone."""
     setting, bench, config = shared.setting, shared.bench, shared.setting.config
-    needs, kind = trial.needs_of(config), config.importance.type
+    needs, kind = schedule.needs(config), config.importance.type
     tokens = data.token_matrix(bench.base.tokenizer, config.calibration, setting.study.data_root).to(setting.device)
     structure = bench.structure(config.units)
     counted = statistics_work(work.sizes_of(bench.dense()), config)

@@ -23,7 +23,7 @@ FLOORS = [
     ["checkpoints", "placement"],
     ["modeling_adasearch"],
     ["models", "data", "tokenization", "search.surrogate", "tuning.cloze"],
-    ["pruning.calibration", "pruning.surgery", "pruning.compensation", "pruning.masking"],
+    ["pruning.calibration", "pruning.surgery", "pruning.compensation", "pruning.masking", "pruning.schedule"],
     ["outlined"],
     ["tuning", "loading"],
     ["search"],

@@ -117,6 +117,12 @@ CASES = {
     "vocabulary": {"vocabulary": VOCABULARY},
     "hidden": {"hidden": HIDDEN},
     "depth": {"depth": DEPTH},
+    "sequential": {
+        "depth": {**DEPTH, "share": 1.0},
+        "units": {"attention": "none"},
+        "schedule": "sequential",
+        "compensation": "least_squares",
+    },
     "all": {"vocabulary": VOCABULARY, "hidden": HIDDEN, "depth": DEPTH, "compensation": "least_squares"},
 }
 

@@ -79,27 +79,61 @@ def accumulate(
             f"a calibration sample must be at least 1 sequence of 2 tokens, given shape {tuple(tokens.shape)}"
         )
     device = next(model.parameters()).device
-    token_budget = token_budget or (_CPU_TOKENS if device.type == "cpu" else _DEVICE_TOKENS)
-    wanted = {source: {f for f in families if ACCUMULATORS[f].source == source} for source in _WATCHES}
-    held: Accumulated = {}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_reading(model))
-        for source, watch in _WATCHES.items():
-            if wanted[source]:
-                stack.enter_context(watch(model, structure, wanted[source], held))
-        if wanted["gradient"]:
-            stack.enter_context(_short_attention(model, tokens.shape[1]))
-        for part in torch.split(tokens.to(device), max(1, token_budget // tokens.shape[1])):
-            if wanted["gradient"]:
+    backward = any(ACCUMULATORS[f].source == "gradient" for f in families)
+
+    def run() -> None:
+        for part in batches(tokens.to(device), token_budget):
+            if backward:
                 _backward(model, part)
             else:
                 with torch.no_grad():
                     model.base_model(input_ids=part, use_cache=False)  # type: ignore[operator]
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_reading(model))
+        if backward:
+            stack.enter_context(_short_attention(model, tokens.shape[1]))
+        return observe(model, structure, families, run, tokens.numel())
+
+
+def batches(tokens: Tensor, token_budget: int | None = None) -> tuple[Tensor, ...]:
+    """Return the sequences of `tokens` (N × T) in batches of at most `token_budget` tokens, one sequence at least.
+
+    None suits the device that `tokens` are on.
+    """
+    budget = token_budget or (_CPU_TOKENS if tokens.device.type == "cpu" else _DEVICE_TOKENS)
+    return torch.split(tokens, max(1, budget // tokens.shape[1]))
+
+
+def observe(
+    model: nn.Module, structure: ModelStructure, families: frozenset[str], run: Callable[[], None], tokens: int
+) -> Statistics:
+    """Return families that merge (of `ACCUMULATORS`) of what `run` sends through `model`.
+
+    Args:
+        model: as in `accumulate`, or as far as `run` goes through it.
+        structure: the groups that are looked at.
+        families: what to accumulate.
+        run: sends all of a sample through the model, or through the part of it that holds the groups; not called where
+            there is nothing to accumulate.
+        tokens: number of tokens in the sample.
+
+    Raises:
+        TrialError: a statistic is not finite (kind ``nan``).
+    """
+    held: Accumulated = {}
+    with contextlib.ExitStack() as stack:
+        for source, watch in _WATCHES.items():
+            wanted = {f for f in families if ACCUMULATORS[f].source == source}
+            if wanted:
+                stack.enter_context(watch(model, structure, wanted, held))
+        if families:
+            run()
     tensors: dict[str, Tensor] = {}
     for family, place in list(held):
         tensors |= statistics.tensors_of(family, place, held.pop((family, place)))
     _check_finite(tensors)
-    return Statistics(tokens=tokens.numel(), tensors=tensors)
+    return Statistics(tokens=tokens, tensors=tensors)
 
 
 def read(

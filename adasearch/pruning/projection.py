@@ -6,6 +6,7 @@ A group moves along a *ladder*: level 0 is its dense width, each further level t
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import math
 from collections.abc import Iterable, Mapping
@@ -111,8 +112,33 @@ def reachable(structure: ModelStructure, budget: BudgetConfig, biases: Iterable[
     return _fraction(structure, budget, biases, _most(_ladders(structure, dense, budget.multiple_of)))
 
 
+def on_budget(structure: ModelStructure, ratios: Mapping[str, float], need: float) -> dict[str, float]:
+    """Return the fraction of each group, by name, that goes where units can be split and `need` parameters go in all.
+
+    Those are the ratios times one scale, as far as no group loses its last unit; where even that is not enough, it is
+    what comes nearest.
+    """
+    ladders = _ladders(structure, ratios, 1)
+    found = dict.fromkeys(structure.dense_widths(), 0.0)
+    if ladders and need > 0:
+        scale = _scale(ladders, need)
+        found |= {x.group.name: x.wanted(scale) / x.group.width for x in ladders}
+    return found
+
+
+def _left(structure: ModelStructure, widths: Mapping[str, int]) -> ModelStructure:
+    """Return the structure of the model that is left at `widths`, as far as counting goes."""
+    groups = tuple(dataclasses.replace(g, units=widths[g.name] * g.partitions) for g in structure.groups)
+    return dataclasses.replace(structure, groups=groups)
+
+
 def project(
-    structure: ModelStructure, ratios: Mapping[str, float], budget: BudgetConfig, biases: Iterable[str] = ()
+    structure: ModelStructure,
+    ratios: Mapping[str, float],
+    budget: BudgetConfig,
+    biases: Iterable[str] = (),
+    since: Mapping[str, int] | None = None,
+    part: float = 1.0,
 ) -> dict[str, int]:
     """Return the width of every group, units kept per partition, by group name.
 
@@ -125,26 +151,29 @@ def project(
         ratios: relative fraction of units removed (>= 0) by group name; groups of ratio 0, or left out, stay dense.
         budget: what must go. MLP widths are multiples of `multiple_of`, or dense.
         biases: output projections (module names) that compensation gives a bias; what they cost is cut as well.
+        since: widths of a model that is partly cut; ratios are fractions of these, and none rises. None is dense.
+        part: of what must go, in (0, 1]; what is gone already counts.
 
     Raises:
         ConfigError: no widths meet the budget; the message holds the greatest fraction that can be met.
     """
-    biases = tuple(biases)
-    need = removal(structure, budget, biases)
-    ladders = _ladders(structure, ratios, budget.multiple_of)
+    biases, since = tuple(biases), since or structure.dense_widths()
+    gone = structure.parameters - structure.count(since)
+    need = math.ceil(removal(structure, budget, biases) * part) - gone
+    ladders = _ladders(_left(structure, since), ratios, budget.multiple_of)
     if need > _most(ladders):
-        most = _fraction(structure, budget, biases, _most(ladders))
+        most = _fraction(structure, budget, biases, gone + _most(ladders))
         still = len(structure.groups) - len(ladders)
         which = f" while {still} of {len(structure.groups)} groups stay dense" if still else ""
         raise ConfigError("budget.remove", f"must be at most {most:.4f} for this model{which}, given {budget.remove}")
     levels = _round(ladders, need)
-    widths = structure.dense_widths()
+    widths = dict(since)
     for ladder, level in zip(ladders, levels, strict=True):
         widths[ladder.group.name] -= ladder.removed(level)
     return widths
 
 
-def _scale(ladders: list[_Ladder], need: int) -> float:
+def _scale(ladders: list[_Ladder], need: float) -> float:
     """Return the least scale at which the ratios remove `need` parameters, by bisection."""
     low, high = 0.0, max(ladder.scale(ladder.levels) for ladder in ladders)
     for _ in range(80):

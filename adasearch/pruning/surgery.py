@@ -127,6 +127,36 @@ def cut(
     return models.assemble(model, pieces | _new_biases(structure, plan, like))
 
 
+def narrow(model: nn.Module, structure: ModelStructure, plan: PruningPlan) -> None:
+    """Cut the groups of `structure` from a model in place, those that `plan` makes smaller; the others stay dense.
+
+    Parameters are replaced by copies of what stays and never written to: they may be the weights of a base. Output
+    projections that are cut get their bias, zero where they had none, as a tensor of their own.
+
+    Args:
+        model: its groups that are named here are dense.
+        structure: all groups of the model, or some of them.
+        plan: what stays of these.
+    """
+    slices = _slices(structure, plan)
+    with torch.no_grad():
+        for parameter, (piece, keep) in slices.items():
+            module, _, kind = parameter.rpartition(".")
+            old, owner = model.get_parameter(parameter), model.get_submodule(module)
+            new = old.index_select(piece.dim, _elements(keep, piece.block).to(old.device))
+            setattr(owner, kind, nn.Parameter(new, requires_grad=False))
+            setattr(owner, "in_features" if piece.dim else "out_features", new.shape[piece.dim])
+    for group in structure.groups:
+        if f"{group.output}.weight" not in slices:
+            continue
+        _note_width(model, group, len(plan.keep[group.name]) // group.partitions)
+        output = model.get_submodule(group.output)
+        assert isinstance(output.weight, Tensor)
+        if group.output in plan.biases or output.bias is not None:
+            bias = output.weight.new_zeros(len(output.weight)) if output.bias is None else output.bias.detach().clone()  # type: ignore[operator]
+            output.bias = nn.Parameter(bias, requires_grad=False)
+
+
 def zeroed(config: Any, weights: Mapping[str, Tensor], structure: ModelStructure, plan: PruningPlan) -> nn.Module:
     """Return a dense copy of the model in which the units that the plan removes add nothing to the residual stream.
 

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import torch
 
-from adasearch.config import BudgetConfig, Component
+from adasearch.config import BudgetConfig, Component, TrialConfig
 from adasearch.pruning import calibration, surgery
 from adasearch.pruning.plan import make_plan
+from adasearch.pruning.schedule import ScheduleContext, needs
 from adasearch.pruning.statistics import STREAM, Statistics
 from adasearch.pruning.structure import Group, ModelStructure, Slice
 from adasearch.registry import ALLOCATION, COMPENSATION, IMPORTANCE
@@ -21,9 +22,9 @@ def tokens(samples=5, length=12, seed=0):
 
 
 @functools.cache
-def sample(attention="kv_group", dtype=torch.float64, family="llama"):
+def sample(attention="kv_group", dtype=torch.float64, family="llama", **changes):
     """Dense model, weights, structure, units, tokens and all statistics; shared, so not to be changed."""
-    config = tiny_config(family)
+    config = tiny_config(family, **changes)
     structure, units = tiny_structure(config, attention)
     weights = tiny_weights(config, dtype)
     dense = make_plan(structure, units, {}, {})
@@ -37,6 +38,24 @@ def sample(attention="kv_group", dtype=torch.float64, family="llama"):
         model=model,
         tokens=tokens(),
         statistics=statistics,
+    )
+
+
+def schedule_context(case, schedule, remove=0.2, weights=None, budget_of=None, **parts):
+    """What a schedule decides from on a sample's model: parts of a trial by section, statistics fresh and no more
+    than needed."""
+    units = {"attention": case.units.attention, "mlp": case.units.mlp}
+    told = {"calibration": {"corpus": "none"}, "units": units, "schedule": schedule, **parts}
+    trial = TrialConfig.from_dict(told, "trial")
+    return ScheduleContext(
+        config=case.config,
+        weights=weights or case.weights,
+        structure=case.structure,
+        statistics=calibration.collect(case.model, case.structure, case.tokens, needs(trial)),
+        tokens=lambda: case.tokens,
+        trial=trial,
+        budget=BudgetConfig(remove=remove, **(budget_of or {})),
+        device=torch.device("cpu"),
     )
 
 

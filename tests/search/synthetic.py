@@ -74,6 +74,7 @@ FAKES = {
     "importance": FakeRegistry("importance criterion", wanda_sp=NoOptions, taylor=TaylorOptions, obs=NoOptions),
     "allocation": FakeRegistry("allocation", uniform=NoOptions, layer_profile=ProfileOptions),
     "compensation": FakeRegistry("compensation", none=NoOptions, bias=NoOptions),
+    "schedule": FakeRegistry("pruning schedule", one_shot=NoOptions),
     "recovery": FakeRegistry("recovery", none=NoOptions, lora=LoraOptions),
 }
 

@@ -1,0 +1,174 @@
+"""Pruning schedules: one file each.
+
+An entry is ``decide(context: ScheduleContext, options) -> Decision``: which units of the whole model stay, found in one
+go, layer by layer or in many small steps, and, where it compensates on its way, what the output projections become.
+Facts: `compensates`, whether it does; `sources`, where the statistics may come from that it takes on its way, None for
+all (`statistics.Source`). Whatever the schedule, the widths meet the budget and the base weights are only read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adasearch.config import BudgetConfig, TrialConfig
+from adasearch.errors import ConfigError
+from adasearch.pruning import allocation, compensation, importance
+from adasearch.pruning.allocation import AllocationContext
+from adasearch.pruning.plan import PruningPlan
+from adasearch.pruning.statistics import ACCUMULATORS, Statistics, merged_from
+from adasearch.pruning.structure import ModelStructure
+from adasearch.registry import SCHEDULE, Entry
+
+Output = tuple[Tensor, Tensor | None]
+"""Weight (D × S, S features that stay) and bias (D) of an output projection."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Decision:
+    """What a schedule decides.
+
+    Args:
+        plan: which units stay.
+        outputs: compensated output projections by module name, of all groups that are cut; empty where compensation
+            follows the cut.
+    """
+
+    plan: PruningPlan
+    outputs: Mapping[str, Output] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ScheduleContext:
+    """What a schedule decides from.
+
+    Args:
+        config: transformers config of the dense model.
+        weights: parameters of the dense model by full name; never written to.
+        structure: its groups.
+        statistics: of the dense model, at least what `needs` says; None where nothing is needed.
+        tokens: gives the calibration sample (N × T token ids), for statistics of a model that is partly cut.
+        trial: criterion, allocation, compensation and schedule, with their options, and the seed.
+        budget: what must go.
+        device: where a model runs.
+    """
+
+    config: Any
+    weights: Mapping[str, Tensor]
+    structure: ModelStructure
+    statistics: Statistics | None
+    tokens: Callable[[], Tensor]
+    trial: TrialConfig
+    budget: BudgetConfig
+    device: torch.device
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """Return the output projections (module names) that compensation gives a bias."""
+        return compensation.bias_modules(self.trial.compensation, self.structure)
+
+    def part(self, name: str) -> ModelStructure:
+        """Return the structure with the group called `name` as its only one."""
+        group = self.structure.group(name)
+        biases = {group.output: self.structure.output_biases[group.output]}
+        return dataclasses.replace(self.structure, groups=(group,), output_biases=biases)
+
+    def scores(self, statistics: Statistics | None, structure: ModelStructure | None = None) -> dict[str, Tensor]:
+        """Return what the criterion makes of each group (U, float32, higher = keep) by name, given statistics.
+
+        Raises:
+            TrialError: a score is not finite (kind ``nan``).
+        """
+        return importance.score_all(
+            structure or self.structure, self.weights, statistics, self.trial.importance, self.trial.seed
+        )
+
+    def ratios(
+        self, scores: Mapping[str, Tensor], statistics: Statistics | None, budget: BudgetConfig
+    ) -> dict[str, float]:
+        """Return the relative pruning ratio of each group by name, as the allocator sees it.
+
+        Raises:
+            ConfigError: the options leave too little to prune in this model.
+        """
+        seen = AllocationContext(
+            structure=self.structure,
+            budget=budget,
+            scores=scores,
+            statistics=statistics,
+            weights=self.weights,
+            biases=self.biases,
+        )
+        return allocation.shape(seen, self.trial.allocation)
+
+
+def _entry(trial: TrialConfig) -> Entry:
+    return SCHEDULE.get(trial.schedule.type)
+
+
+def scored_from(trial: TrialConfig) -> frozenset[str]:
+    """Return the families of statistics that widths and units follow from."""
+    return importance.needs(trial.importance) | allocation.needs(trial.allocation)
+
+
+def needs(trial: TrialConfig) -> frozenset[str]:
+    """Return the families of statistics of the dense model that the steps of a trial read."""
+    late = frozenset[str]() if _entry(trial).facts["compensates"] else compensation.needs(trial.compensation)
+    return scored_from(trial) | late
+
+
+def check(trial: TrialConfig, where: str = "schedule") -> None:
+    """Return when the schedule of a trial can have the statistics that its criterion and its compensation need.
+
+    Raises:
+        ConfigError: it cannot, with the first of them and the name of the component that needs it.
+    """
+    entry = _entry(trial)
+    sources = entry.facts["sources"]
+    if sources is None:
+        return
+    for component, found in (
+        (trial.importance, importance.needs(trial.importance)),
+        (trial.compensation, compensation.needs(trial.compensation)),
+    ):
+        for need in sorted(found):
+            if not {ACCUMULATORS[family].source for family in merged_from(need)} <= sources:
+                problem = f"{entry.name} must do with statistics of one forward pass through the layers, "
+                raise ConfigError(where, f"{problem}but {component.type} needs {need}; take one_shot or iterative")
+
+
+def decide(context: ScheduleContext) -> Decision:
+    """Return what the schedule of the trial decides.
+
+    Raises:
+        ConfigError: no widths meet the budget, or the schedule cannot have the statistics that it needs.
+        TrialError: a score, a statistic or a weight is not finite (kind ``nan``).
+    """
+    check(context.trial)
+    decision: Decision = _entry(context.trial).function(context, context.trial.schedule.options)
+    return decision
+
+
+def compensate(model: nn.Module, context: ScheduleContext, decision: Decision) -> None:
+    """Compensate `model`, which was just cut by the decision's plan, in place, where the schedule has not done so yet.
+
+    Raises:
+        TrialError: the result is not finite (kind ``nan``).
+    """
+    if not _entry(context.trial).facts["compensates"]:
+        compensation.apply(
+            model, context.structure, decision.plan, context.statistics, context.weights, context.trial.compensation
+        )
+        return
+    with torch.no_grad():
+        for name, (weight, bias) in decision.outputs.items():
+            module = model.get_submodule(name)
+            for tensor, new in ((module.weight, weight), (module.bias, bias)):
+                if new is not None:
+                    assert isinstance(tensor, Tensor), f"{name} must have a bias: the plan lists {decision.plan.biases}"
+                    tensor.copy_(new)
