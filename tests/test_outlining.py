@@ -130,13 +130,14 @@ CASES = {
 class TestTrial:
     @pytest.mark.parametrize("name", CASES)
     def test_meets_the_budget_and_scores_the_same_texts(self, bench, name):
-        result, values = run_trial(trial(**CASES[name]).to_dict(), bench)
+        config = trial(**CASES[name])
+        result, values = run_trial(config.to_dict(), bench)
         whole = bench.structure().parameters
         assert whole - result.parameters >= 0.3 * whole
         assert whole - result.parameters <= 0.3 * whole + 300
         assert math.isfinite(result.score)
         assert {len(found) for found in values.values()} == {4}
-        assert set(result.widths) == {g.name for g in bench.structure().groups}
+        assert set(result.widths) == {g.name for g in bench.structure(config.units).groups}
 
     @pytest.mark.parametrize("name", ["vocabulary", "all"])
     def test_is_finished_exported_and_opens(self, bench, name):
