@@ -105,7 +105,7 @@ def decide(
     config: TrialConfig, bench: Workbench, structure: ModelStructure, statistics: Statistics | None
 ) -> PruningPlan:
     """Return which units stay: scores, then widths on the budget, then the best units of each group."""
-    budget = bench.study.budget
+    budget = allocation.aimed(bench.study.budget, config.allocation)
     scores = importance.score_all(structure, bench.base.weights, statistics, config.importance, config.seed)
     biases = compensation.bias_modules(config.compensation, structure)
     context = AllocationContext(

@@ -98,6 +98,8 @@ class ModelStructure:
         output_biases: output projections whose bias compensation may set, and the number of parameters that this adds:
             D, or 0 where the projection has a bias already.
         lora_targets: last parts of the names of the projections that LoRA may adapt.
+        stock_widths: by kind of group, the widths below the dense one that the family's stock class accepts in all
+            layers at once; a kind left out may have any.
     """
 
     family: str
@@ -107,6 +109,7 @@ class ModelStructure:
     embedding_parameters: int
     output_biases: dict[str, int]
     lora_targets: tuple[str, ...]
+    stock_widths: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     def group(self, name: str) -> Group:
         """Return the group called `name`."""

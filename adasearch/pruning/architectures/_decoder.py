@@ -67,8 +67,23 @@ def _attention(shape: ModelShape, layer: int, unit: str) -> Group:
     )
 
 
-def describe_decoder(shape: ModelShape, units: UnitsConfig) -> ModelStructure:
-    """Return the structure of a Llama-like decoder; norms over single heads, as in Qwen3, are shared and stay whole."""
+def _stock_widths(shape: ModelShape, groups: list[Group], *, heads_divide_hidden: bool) -> dict[str, tuple[int, ...]]:
+    """Return the attention widths at which the number of query heads divides the hidden size, where that matters."""
+    attention = next((g for g in groups if g.kind == "attention"), None)
+    if attention is None or not heads_divide_hidden:
+        return {}
+    heads = shape.heads // attention.width
+    return {"attention": tuple(w for w in range(1, attention.width) if shape.hidden % (w * heads) == 0)}
+
+
+def describe_decoder(shape: ModelShape, units: UnitsConfig, *, heads_divide_hidden: bool = False) -> ModelStructure:
+    """Return the structure of a Llama-like decoder; norms over single heads, as in Qwen3, are shared and stay whole.
+
+    Args:
+        shape: the numbers of the model's config.
+        units: what can go.
+        heads_divide_hidden: the family's stock class accepts only numbers of query heads that divide the hidden size.
+    """
     groups: list[Group] = []
     for layer in range(shape.layers):
         if units.attention != "none":
@@ -86,4 +101,5 @@ def describe_decoder(shape: ModelShape, units: UnitsConfig) -> ModelStructure:
         embedding_parameters=sum(math.prod(dims) for dims in embeddings.values()),
         output_biases={g.output: 0 if f"{g.output}.bias" in shape.shapes else shape.hidden for g in groups},
         lora_targets=PROJECTIONS,
+        stock_widths=_stock_widths(shape, groups, heads_divide_hidden=heads_divide_hidden),
     )
