@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adasearch import data, models, placement
-from adasearch.config import ClusterConfig, StudyConfig, TrialConfig, UnitsConfig, merged
+from adasearch.config import ClusterConfig, StudyConfig, TrialConfig, UnitsConfig, component
 from adasearch.documents import fingerprint, join, value
 from adasearch.environment import local_machine, machine, versions
 from adasearch.errors import ConfigError, DataError, ModelError, StorageError
 from adasearch.placement import GIB, Machine, Placement
-from adasearch.pruning import architectures, schedule
+from adasearch.pruning import architectures, compensation, schedule
 from adasearch.pruning.projection import reachable, removal
 from adasearch.pruning.structure import ModelShape, ModelStructure
+from adasearch.registry import COMPENSATION
+from adasearch.search.seeds import Seeds, find_seeds
 from adasearch.search.space import MANY_COLUMNS, Space
 from adasearch.tuning import tasks
 
@@ -41,7 +43,7 @@ class Checked:
         model_digest: tells the model's files apart from others, from their names and sizes.
         items: identifiers of the items by role and task.
         features: number of columns that the surrogate sees.
-        unexpressed: recipes that the space cannot express, and why.
+        seeds: what becomes of the recipes.
     """
 
     shape: ModelShape
@@ -50,7 +52,7 @@ class Checked:
     model_digest: str
     items: dict[str, dict[str, tuple[str, ...]]]
     features: int
-    unexpressed: dict[str, str]
+    seeds: Seeds
 
     @property
     def summary(self) -> str:
@@ -86,7 +88,19 @@ def _check_budget(study: StudyConfig, shape: ModelShape, where: str) -> ModelStr
     if study.budget.remove > most:
         problem = f"must be at most {most:.4f} for {study.model.name}, whose embeddings and norms stay, "
         raise ConfigError(join(where, "budget.remove"), f"{problem}given {study.budget.remove}")
+    _check_biases(study, structures[0], where)
     return structures[0]
+
+
+def _check_biases(study: StudyConfig, structure: ModelStructure, where: str) -> None:
+    """Refuse compensations that a budget of uniform widths has no room for, before a trial fails of it."""
+    searched = study.space.dimensions.get("compensation", {}).get("choice")
+    key = "space.compensation" if searched else "trial.compensation"
+    for given in searched or [study.trial.get("compensation", "none")]:
+        found = component(COMPENSATION, given, join(where, key))
+        if study.budget.uniform and structure.added(compensation.bias_modules(found, structure)):
+            problem = f"{found.type} adds biases, which stock classes lack: leave it out, or budget.uniform"
+            raise ConfigError(join(where, key), problem)
 
 
 def _check_perplexity(study: StudyConfig) -> None:
@@ -156,7 +170,6 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
     structure = _check_budget(study, shape, where)
     if out is not None:
         _check_disk(out, structure.parameters, study.finalize.top + 1)
-    recipes = {name: merged(study.trial, recipe) for name, recipe in study.recipes.items()}
     return Checked(
         shape=shape,
         structure=structure,
@@ -164,7 +177,7 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
         model_digest=_digest(source),
         items={role: _item_ids(study, role, where) for role in ("search", "select", "report")},
         features=space.encoding.num_columns,
-        unexpressed={name: space.obstacle(recipe) for name, recipe in recipes.items() if space.encode(recipe) is None},
+        seeds=find_seeds(study, space),
     )
 
 
@@ -245,10 +258,8 @@ def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
         yield f"  above {MANY_COLUMNS} features the surrogate learns slowly: fix some knobs, or give it more trials"
     for role, found in checked.items.items():
         yield f"{role} items: " + ", ".join(f"{task} {len(ids)}" for task, ids in found.items())
-    known = [name for name in study.recipes if name not in checked.unexpressed]
-    yield f"trials: {study.trials}, of them recipes: {', '.join(known) or 'none'}"
-    for name, reason in checked.unexpressed.items():
-        yield f"recipe {name} is left out, the space cannot express it: {reason}"
+    yield f"trials: {study.trials}, of them recipes: {', '.join(checked.seeds.names) or 'none'}"
+    yield from [checked.seeds.summary()] if study.all_recipes else checked.seeds.lines()
     trial = TrialConfig.from_dict(study.trial, "trial")
     train = getattr(trial.recovery.options, "tokens", 0)
     items = sum(len(ids) for ids in checked.items["search"].values())

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adasearch.config import StudyConfig, TrialConfig, load_recipe, merged, recipe_names
+from adasearch.config import STUDYS_OWN, StudyConfig, TrialConfig, merged
 from adasearch.documents import join
 from adasearch.errors import ConfigError, NoTrialError
 from adasearch.finalize import LONGER, FinalTask, dense_task, finish
+from adasearch.library import load_recipe, recipe_names
 from adasearch.records import Failure, FinalRecord, read_failures, read_finals, write_atomically
 from adasearch.registry import nearest
 from adasearch.report import Difference, difference, mean_score, report_score
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 SHARED = ("model", "budget", "objective", "report", "seed")
 """Sections of a study that all rows of a comparison share; they may not change while it goes on."""
-OWN = ("calibration", "recovery")
+OWN = STUDYS_OWN
 """Sections that a recipe may fix for itself, which ends the comparison at equal cost; such rows are marked."""
 PRUNING = ("calibrate", "plan", "cut")
 """Phases that make the smaller model; statistics are computed once for all recipes, so the first one pays for them."""
@@ -58,7 +59,7 @@ def with_recipes(study: StudyConfig, names: Sequence[str] | None, path: Path) ->
         _config(study, name, chosen[name])
     if not chosen:
         raise ConfigError("--recipes", f"must name at least one recipe; {nearest('', known)}")
-    return dataclasses.replace(study, recipes=chosen)
+    return dataclasses.replace(study, recipes=chosen, all_recipes=False)
 
 
 def _config(study: StudyConfig, name: str, recipe: dict[str, Any]) -> TrialConfig:

@@ -31,11 +31,9 @@ from adasearch.documents import (
     value,
 )
 from adasearch.errors import ConfigError
+from adasearch.library import find, load_recipe, recipe_names
 from adasearch.racing import FidelityConfig, RacingConfig, Rung
 from adasearch.registry import Registry, nearest
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-RECIPES = "search_spaces/recipes"
 
 
 @value
@@ -49,11 +47,17 @@ class ModelConfig:
 
 @value
 class BudgetConfig:
-    """How much goes: `remove` is the fraction of parameters removed, of all or of the non-embedding ones."""
+    """How much goes: `remove` is the fraction of parameters removed, of all or of the non-embedding ones.
+
+    Args:
+        multiple_of: MLP widths are multiples of it, or dense.
+        uniform: all layers get the same widths, such as the family's stock class opens.
+    """
 
     remove: Fraction
     of: Literal["all", "non_embedding"] = "all"
     multiple_of: Count = 1
+    uniform: bool = False
 
 
 @value
@@ -303,13 +307,19 @@ class SpaceConfig:
     dimensions: dict[str, dict[str, Any]]
 
 
+STUDYS_OWN = ("calibration", "recovery")
+"""Sections that recipes leave to the study, so that all are compared at equal cost."""
 SEARCHED = ("model", "space", "budget", "objective", "trial", "recipes", "seed", "sampler", "racing", "fidelity")
 """Sections of a study that decide what its trials are; they may not change while its run goes on."""
 
 
 @value
 class StudyConfig:
-    """A study file, resolved: every default filled in, the space and the recipes read."""
+    """A study file, resolved: every default filled in, the space and the recipes read.
+
+    `all_recipes` says that the file left `recipes` open (``auto``): they are all that there are, and `search.seeds`
+    decides which of them a search runs.
+    """
 
     name: Name
     model: ModelConfig
@@ -328,6 +338,7 @@ class StudyConfig:
     fidelity: FidelityConfig = FidelityConfig()
     limits: LimitsConfig = LimitsConfig()
     data_root: str | None = None
+    all_recipes: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping that `study_from_dict` reads back: the ``config.yaml`` of a run."""
@@ -352,42 +363,10 @@ class StudyConfig:
         return fingerprint({key: data[key] for key in SEARCHED})
 
 
-def _roots(kind: str, near: Path) -> list[Path]:
-    """Return the folders that spaces or recipes are looked up in by name, the first one first."""
-    return [near.parent.parent / kind, Path(kind), REPOSITORY / kind]
-
-
-def _find(kind: str, name: str, near: Path, where: str) -> Path:
-    """Return the file of a space or recipe: a path ending in ``.yaml``, or a name looked up in the folder `kind`."""
-    if name.endswith((".yaml", ".yml")):
-        tries = [near.parent / name, Path(name)]
-    else:
-        tries = [root / f"{name}.yaml" for root in _roots(kind, near)]
-    for path in tries:
-        if path.is_file():
-            return path
-    known = sorted({file.stem for path in tries for file in path.parent.glob("*.yaml")})
-    raise ConfigError(where, f"no file for {name!r}; {nearest(name, known)}")
-
-
-def recipe_names(near: Path) -> tuple[str, ...]:
-    """Return the names of the recipes that a study in the file `near` may name, sorted."""
-    return tuple(sorted({file.stem for root in _roots(RECIPES, near) for file in root.glob("*.yaml")}))
-
-
-def load_recipe(name: str, near: Path, where: str) -> dict[str, Any]:
-    """Return the recipe called `name` (``search_spaces/recipes/<name>.yaml``): a partial `TrialConfig` mapping.
-
-    The keys `title`, `source` and `fidelity` are for readers and are left out.
-    """
-    data = read_yaml(_find(RECIPES, name, near, where))
-    return {key: item for key, item in data.items() if key not in {"title", "source", "fidelity"}}
-
-
 def _read_space(data: Any, near: Path, where: str) -> SpaceConfig:
     where, name = join(where, "space"), "inline"
     if isinstance(data, str):
-        path = _find("search_spaces", data, near, where)
+        path = find("search_spaces", data, near, where)
         data, where, name = read_yaml(path), f"{path}:", path.stem
     if not isinstance(data, dict) or not data:
         raise ConfigError(where.rstrip(":"), f"must map dotted paths to dimensions, given {data!r}")
@@ -397,6 +376,18 @@ def _read_space(data: Any, near: Path, where: str) -> SpaceConfig:
                 join(where, path_in_trial), f"must be a mapping such as {{int: [8, 32]}}, given {dimension!r}"
             )
     return SpaceConfig(name=name, dimensions=data)
+
+
+def _read_recipes(data: dict[str, Any], near: Path, where: str) -> dict[str, Any]:
+    """Return the keys that say which recipes a study has: by name, by mapping, none, or all that there are."""
+    given = data.get("recipes", "auto")
+    if isinstance(given, dict):
+        return {"recipes": given}
+    named = {"auto": recipe_names(near), "none": ()}.get(given) if isinstance(given, str) else given
+    if not isinstance(named, list | tuple):
+        raise ConfigError(where, f"must be auto, none, or a list of names, given {given!r}")
+    recipes = {str(name): load_recipe(str(name), near, where) for name in named}
+    return {"recipes": recipes, "all_recipes": given == "auto"}
 
 
 def study_from_dict(data: dict[str, Any], where: str, near: Path) -> StudyConfig:
@@ -413,10 +404,7 @@ def study_from_dict(data: dict[str, Any], where: str, near: Path) -> StudyConfig
     data = dict(data)
     data.setdefault("name", near.stem)
     data["space"] = _read_space(data.get("space", {}), near, where)
-    recipes = data.get("recipes", {})
-    if isinstance(recipes, list):
-        recipes = {str(name): load_recipe(str(name), near, join(where, "recipes")) for name in recipes}
-    data["recipes"] = recipes
+    data |= _read_recipes(data, near, join(where, "recipes"))
     finalize = dict(data.get("finalize") or {})
     recovery = finalize.get("recovery", {"type": "full"})
     finalize["recovery"] = component(registry.RECOVERY, recovery, join(where, "finalize.recovery"))

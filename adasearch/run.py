@@ -44,17 +44,17 @@ def open_executor(study: StudyConfig, run: Path, placed: Placement) -> Executor:
 
 
 def _going_on(study: StudyConfig, run: Path) -> StudyConfig:
-    """Return the study with as many workers as its run began with, where it leaves their number open.
+    """Return the study with the workers and recipes that its run began with, where it leaves them open.
 
-    What is proposed depends on the number of workers; other memory or cores must not change it halfway.
+    What is proposed depends on both; other memory or cores, more trials or a new recipe must not change it halfway.
     """
-    path = run / "config.yaml"
-    if study.cluster.workers != "auto" or not path.is_file():
-        return study
-    with contextlib.suppress(ConfigError):  # damaged, or of another study: `check_owner` says so
-        return dataclasses.replace(
-            study, cluster=dataclasses.replace(study.cluster, workers=load_run(run).cluster.workers)
-        )
+    with contextlib.suppress(ConfigError):  # new, damaged, or of another study: `check_owner` says so
+        held = load_run(run)
+        if study.cluster.workers == "auto":
+            cluster = dataclasses.replace(study.cluster, workers=held.cluster.workers)
+            study = dataclasses.replace(study, cluster=cluster)
+        if study.all_recipes:
+            study = dataclasses.replace(study, recipes=held.recipes, all_recipes=held.all_recipes)
     return study
 
 
@@ -146,6 +146,7 @@ def run_study(path: Path, *, out: Path | None, say: Callable[[str], None]) -> Pa
     from adasearch.finalize import finalize
     from adasearch.search.driver import run_search
     from adasearch.search.lease import hold
+    from adasearch.search.seeds import decided
     from adasearch.search.space import Space
     from adasearch.search.study import check_owner
 
@@ -158,11 +159,11 @@ def run_study(path: Path, *, out: Path | None, say: Callable[[str], None]) -> Pa
         study, offered = _going_on(study, run), machines(study)
         placed = place(study, checked.shape, offered)
         placed_last = place(study, checked.shape, offered, finalists=True)
-        study = _placed(study, placed)
+        space = Space.from_config(study.space, study.trial, seed=study.seed)
+        study = decided(_placed(study, placed), space)
         _check_job(run, "run")
         check_owner(run, study)
         _write_manifest(run, "run", study, checked, {"search": placed, "finalists": placed_last})
-        space = Space.from_config(study.space, study.trial, seed=study.seed)
         say(f"{study.name}: {checked.summary} -> {run}")
         _say_placement(placed, say)
         with contextlib.ExitStack() as stack:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from adasearch.checks import check_study
-from adasearch.config import SpaceConfig, StudyConfig, TrialConfig, component, load_recipe, merged
+from adasearch.config import SpaceConfig, StudyConfig, TrialConfig, component, merged
 from adasearch.documents import Count, Fraction, Index, parse, value
 from adasearch.environment import usable_cores
 from adasearch.errors import ConfigError, NoTrialError, StorageError, TrialError
 from adasearch.finalize import FinalTask, dense_task, run_final
+from adasearch.library import load_recipe
 from adasearch.records import FinalRecord
 from adasearch.registry import RECOVERY
 from adasearch.run import quieten

@@ -16,7 +16,7 @@ import numpy as np
 from adasearch import environment, models, outlining, racing, registry
 from adasearch.config import Component, TaskScore, TrialConfig, TrialResult
 from adasearch.errors import ConfigError, TrialError
-from adasearch.pruning import schedule, surgery
+from adasearch.pruning import allocation, schedule, surgery
 from adasearch.pruning.plan import PruningPlan
 from adasearch.pruning.schedule import ScheduleContext
 from adasearch.pruning.structure import WHOLE, Outline
@@ -110,7 +110,7 @@ def context_of(
         statistics=statistics,
         tokens=lambda: bench.sample_tokens(config.calibration, structure.outline),
         trial=config,
-        budget=bench.study.budget,
+        budget=allocation.aimed(bench.study.budget, config.allocation),
         device=bench.device,
     )
 

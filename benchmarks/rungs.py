@@ -25,10 +25,11 @@ from typing import Any
 
 import numpy as np
 
-from adasearch.config import StudyConfig, TrialConfig, load_study, merged
+from adasearch.config import StudyConfig, TrialConfig, load_study
 from adasearch.errors import AdaSearchError, TrialError
 from adasearch.records import DENSE, read_records
 from adasearch.report_rungs import FEW_TRIALS, rung_rows, spearman
+from adasearch.search.seeds import find_seeds
 from adasearch.search.space import Space
 
 METRICS = {"margin": "margin", "accuracy": "acc_norm"}
@@ -50,10 +51,8 @@ def sampled(study: StudyConfig, count: int) -> Iterator[tuple[str | None, dict[s
             seen.add(config.key)
             yield name, config.to_dict()
 
-    for name, recipe in study.recipes.items():
-        params = space.encode(merged(study.trial, recipe))
-        if params is not None:
-            yield from new(name, params)
+    for recipe in find_seeds(study, space).recipes:
+        yield from new(recipe.name, recipe.params)
     draws = np.random.default_rng(study.seed)
     for _ in range(100 * count):  # a small space has no more to give
         if len(seen) < count:

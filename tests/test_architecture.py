@@ -14,7 +14,7 @@ FLOORS = [
     ["errors"],
     ["registry"],
     ["documents"],
-    ["racing"],
+    ["racing", "library"],
     ["config"],
     ["records"],
     ["tuning.kernels", "tuning.head"],

@@ -20,8 +20,9 @@ import pytest
 from adasearch import comparison, comparison_html, pictures
 from adasearch.checks import _check_perplexity, check_study
 from adasearch.cli import main
-from adasearch.config import load_study, recipe_names
+from adasearch.config import load_study
 from adasearch.errors import ConfigError
+from adasearch.library import recipe_names
 from adasearch.records import read_failures, read_finals, read_items, write_json
 from adasearch.run import load_run
 from tests.test_main_job import ROOT, study_file

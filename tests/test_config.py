@@ -11,6 +11,7 @@ import yaml
 from adasearch import errors
 from adasearch.config import StudyConfig, TrialConfig, load_study, merged, study_from_dict
 from adasearch.errors import ConfigError
+from adasearch.library import FIRST, recipe_names
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,6 +56,8 @@ def test_defaults_are_filled_in():
         ({"name": "../x"}, "s.yaml: name: "),
         ({"space": "quikstart"}, "s.yaml: space: no file for 'quikstart'; did you mean 'quickstart'"),
         ({"recipes": ["flapp"]}, "s.yaml: recipes: no file for 'flapp'; did you mean 'flap'"),
+        ({"recipes": "flap"}, "s.yaml: recipes: must be auto, none, or a list of names, given 'flap'"),
+        ({"recipes": 3}, "s.yaml: recipes: must be auto, none, or a list of names, given 3"),
         ({"trial": {"importance": "tailor"}}, "s.yaml: trial.importance.type: unknown importance criterion 'tailor'"),
         (
             {"trial": {"recovery": {"type": "lora", "rnk": 3}}},
@@ -73,6 +76,26 @@ def test_wrong_studies_name_file_and_key(changes, message):
     with pytest.raises(ConfigError) as caught:
         study_of(**changes)
     assert message in str(caught.value)
+
+
+def test_recipes_left_open_are_all_there_are_in_their_order():
+    study = study_of()
+    assert study.all_recipes
+    assert list(study.recipes) == list(recipe_names(ROOT / "studies" / "s.yaml"))
+    assert study_of(recipes="auto") == study
+    again = study_from_dict(study.to_dict(), "config.yaml:", Path("elsewhere/config.yaml"))
+    assert (again.recipes, again.all_recipes) == (study.recipes, True)
+    for none in ([], "none"):
+        assert (study_of(recipes=none).recipes, study_of(recipes=none).all_recipes) == ({}, False)
+    named = study_of(recipes=["fasp", "flap"])
+    assert (list(named.recipes), named.all_recipes) == (["fasp", "flap"], False)
+
+
+def test_the_order_of_recipes_names_recipes_and_ends_with_the_alphabet():
+    names = recipe_names(ROOT / "studies" / "s.yaml")
+    assert names[: len(FIRST)] == FIRST
+    assert list(names[len(FIRST) :]) == sorted(names[len(FIRST) :])
+    assert set(names) == {path.stem for path in (ROOT / "search_spaces" / "recipes").glob("*.yaml")}
 
 
 def test_the_data_root_comes_from_the_environment(monkeypatch, tmp_path):

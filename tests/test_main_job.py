@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 import adasearch
 from adasearch.cli import main
@@ -195,6 +196,26 @@ def test_replay_gives_the_recorded_score(finished, capsys):
     assert main(["replay", str(finished), "--trial", "99"]) == 2
 
 
+def test_recipes_left_open_are_seeds_and_marked_and_stay_when_the_run_goes_on(tmp_path, tiny_checkpoint, capsys):
+    path, run = study_file(tmp_path, str(tiny_checkpoint), recipes="auto"), tmp_path / "run"
+    assert main(["validate", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "trials: 4, of them recipes: wanda_sp, fasp\n" in out
+    assert "recipes are points of the space; not expressible: magnitude_l2 (importance is never 'magnitude'" in out
+    assert main(["run", str(path), "--out", str(run)]) == 0
+    board = pd.read_csv(run / "leaderboard.csv", dtype=str, keep_default_na=False).set_index("trial")
+    assert board["recipe"].to_dict() == {"dense": "", "0": "wanda_sp", "1": "fasp", "2": "", "3": ""}
+    page = (run / "report.html").read_text()
+    assert 'class="recipe"' in page
+    assert "0 (wanda_sp)" in page
+    held = load_study(run / "config.yaml")
+    assert (list(held.recipes), held.all_recipes) == (["wanda_sp", "fasp"], False)
+    study_file(tmp_path, str(tiny_checkpoint), recipes="auto", trials=6)
+    assert main(["run", str(path), "--out", str(run)]) == 0
+    found = {r.number: r.recipe for r in read_records(run)}
+    assert found == {DENSE: None, 0: "wanda_sp", 1: "fasp", **dict.fromkeys(range(2, 6))}
+
+
 def test_status_and_report_read_a_run(finished, capsys):
     assert main(["status", str(finished)]) == 0
     assert "trials: 4 of 4 done" in capsys.readouterr().out
@@ -252,6 +273,25 @@ def test_an_unsupported_family_is_named_with_those_that_are(tmp_path, tiny_check
     error = capsys.readouterr().err
     assert "gpt2" in error
     assert "llama, mistral, qwen2, qwen3" in error
+
+
+def test_uniform_widths_end_in_an_export_for_the_stock_class(tmp_path, tiny_checkpoint, capsys):
+    space = {"importance": {"choice": ["wanda_sp", "magnitude"]}, "compensation": {"choice": ["none", "least_squares"]},
+             "allocation": {"choice": ["layer_profile", "global_score", "uniform"]}}  # fmt: skip
+    changes = {"budget": {"remove": 0.2, "uniform": True}, "space": space, "trials": 3}
+    run = tmp_path / "run"
+    assert main(["run", str(study_file(tmp_path, str(tiny_checkpoint), **changes)), "--out", str(run)]) == 0
+    for record in read_records(run):
+        assert record.result is not None
+        assert len({width for name, width in record.result.widths.items() if name.endswith("mlp")}) == 1
+        assert len({width for name, width in record.result.widths.items() if name.endswith("attn")}) == 1
+    best = next((run / "export").glob("1-trial*"))
+    opened = AutoModelForCausalLM.from_pretrained(best)
+    assert type(opened).__name__ == "LlamaForCausalLM"
+    assert sum(p.numel() for p in opened.parameters()) == json.loads((best / "plan.json").read_text())["parameters"]
+    space["compensation"] = {"choice": ["none", "bias"]}
+    assert main(["validate", str(study_file(tmp_path, str(tiny_checkpoint), **changes))]) == 2
+    assert "tiny.yaml: space.compensation: bias adds biases" in capsys.readouterr().err
 
 
 def test_a_run_folder_of_another_study_is_refused(finished, tmp_path, tiny_checkpoint, capsys):

@@ -2,8 +2,9 @@
 
 import pytest
 
-from adasearch.config import REPOSITORY, TrialConfig, load_recipe
+from adasearch.config import TrialConfig
 from adasearch.documents import read_yaml
+from adasearch.library import REPOSITORY, load_recipe
 
 FOLDER = REPOSITORY / "search_spaces" / "recipes"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))

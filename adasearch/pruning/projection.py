@@ -1,11 +1,14 @@
 """Relative pruning ratios -> widths that meet the parameter budget, by arithmetic on the structure alone.
 
 A group moves along a *ladder*: level 0 is its dense width, each further level the next smaller width that is allowed
-(multiples of `BudgetConfig.multiple_of` for MLPs, every width for attention), the last one the smallest.
+(multiples of `BudgetConfig.multiple_of` for MLPs, every width for attention), the last one the smallest. Where all
+layers get the same widths (`BudgetConfig.uniform`), the groups of a kind move along one ladder together, which leaves
+out the widths that the family's stock class refuses.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import heapq
 import math
@@ -22,38 +25,42 @@ _LEAST_RATIO = 1e-9  # of the largest; below it the scale that fills a group wou
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ladder:
-    """The widths a group may take: `ratio` in (0, 1] is relative, `multiple` the distance of levels below the first."""
+    """The widths that groups take together: the dense one, then falling; `ratio` in (0, 1] is relative."""
 
-    group: Group
+    groups: tuple[Group, ...]
     ratio: float
-    multiple: int
+    widths: tuple[int, ...]
 
     @property
     def levels(self) -> int:
-        """Return the index of the last level, 0 where the group cannot move."""
-        return (self.group.width - 1) // self.multiple
+        """Return the index of the last level, 0 where the groups cannot move."""
+        return len(self.widths) - 1
+
+    @property
+    def price(self) -> int:
+        """Return the number of parameters that go with one unit per partition of every group."""
+        return sum(group.step_cost for group in self.groups)
 
     def removed(self, level: int) -> int:
         """Return the number of units per partition that are gone at a level."""
-        return self.group.width - (self.levels + 1 - level) * self.multiple if level else 0
+        return self.widths[0] - self.widths[level]
 
     def floor(self, units: float) -> int:
         """Return the last level at which no more than `units` are gone."""
-        below = units - self.removed(1)
         # A hair of slack: a ratio of k / width must come back as k units.
-        return min(self.levels, 1 + math.floor(below / self.multiple + 1e-9)) if below >= -1e-9 else 0
+        return bisect.bisect_right(range(len(self.widths)), units + 1e-9, key=self.removed) - 1
 
     def cost(self, level: int) -> int:
         """Return the number of parameters that go on the step from the level before to `level`."""
-        return (self.removed(level) - self.removed(level - 1)) * self.group.step_cost
+        return (self.removed(level) - self.removed(level - 1)) * self.price
 
     def wanted(self, scale: float) -> float:
         """Return the units, not rounded, that go at a scale of the ratios."""
-        return min(scale * self.ratio * self.group.width, float(self.removed(self.levels)))
+        return min(scale * self.ratio * self.widths[0], float(self.removed(self.levels)))
 
     def scale(self, level: int) -> float:
         """Return the scale of the ratios at which `level` is reached."""
-        return self.removed(level) / (self.ratio * self.group.width)
+        return self.removed(level) / (self.ratio * self.widths[0])
 
     @property
     def spread(self) -> float:
@@ -61,7 +68,7 @@ class _Ladder:
 
         Whatever number of layers comes first in this order, they lie spread over the depth.
         """
-        return int(f"{self.group.layer:032b}"[::-1], 2) / 2**32
+        return int(f"{self.groups[0].layer:032b}"[::-1], 2) / 2**32
 
 
 def _base(structure: ModelStructure, budget: BudgetConfig) -> int:
@@ -81,23 +88,54 @@ def removal(structure: ModelStructure, budget: BudgetConfig, biases: Iterable[st
     return math.ceil(exact) - gone + sum(structure.added(biases).values())
 
 
-def _ladders(structure: ModelStructure, ratios: Mapping[str, float], multiple: int) -> list[_Ladder]:
+def _widths(structure: ModelStructure, group: Group, budget: BudgetConfig) -> tuple[int, ...]:
+    """Return the widths that a group may take, the dense one first, then falling."""
+    step = budget.multiple_of if group.kind == "mlp" else 1
+    found = range((group.width - 1) // step * step, 0, -step)
+    stock = structure.stock_widths.get(group.kind) if budget.uniform else None
+    return (group.width, *(width for width in found if stock is None or width in stock))
+
+
+def _together(structure: ModelStructure, budget: BudgetConfig) -> list[tuple[Group, ...]]:
+    """Return the groups that share a width: each alone, or all of a kind.
+
+    Raises:
+        ConfigError: layers that are to share a width have different ones before any cut.
+    """
+    if not budget.uniform:
+        return [(group,) for group in structure.groups]
+    by_kind: dict[str, list[Group]] = {}
+    for group in structure.groups:
+        by_kind.setdefault(group.kind, []).append(group)
+    for kind, groups in by_kind.items():
+        widths = sorted({group.width for group in groups})
+        if len(widths) > 1:
+            problem = f"needs a model whose layers are equally wide, {kind} widths are {widths[0]} to {widths[-1]}"
+            raise ConfigError("budget.uniform", problem)
+    return [tuple(groups) for groups in by_kind.values()]
+
+
+def _mean(groups: tuple[Group, ...], ratios: Mapping[str, float]) -> float:
+    """Return the mean ratio of groups, each weighing as much as it has parameters: together they ask for as many."""
+    sizes = [group.width * group.step_cost for group in groups]
+    total = sum(size * ratios.get(group.name, 0.0) for size, group in zip(sizes, groups, strict=True))
+    return total / sum(sizes) if len(groups) > 1 else ratios.get(groups[0].name, 0.0)
+
+
+def _ladders(structure: ModelStructure, ratios: Mapping[str, float], budget: BudgetConfig) -> list[_Ladder]:
     """Return the ladders of the groups that may move."""
-    top = max(ratios.values(), default=0.0)
+    claims = [(groups, _mean(groups, ratios)) for groups in _together(structure, budget)]
+    top = max((ratio for _, ratio in claims), default=0.0)
     ladders = [
-        _Ladder(
-            group=group,
-            ratio=max(ratios[group.name] / top, _LEAST_RATIO),
-            multiple=multiple if group.kind == "mlp" else 1,
-        )
-        for group in structure.groups
-        if ratios.get(group.name, 0.0) > 0
+        _Ladder(groups=groups, ratio=max(ratio / top, _LEAST_RATIO), widths=_widths(structure, groups[0], budget))
+        for groups, ratio in claims
+        if ratio > 0
     ]
     return [ladder for ladder in ladders if ladder.levels]
 
 
 def _most(ladders: Iterable[_Ladder]) -> int:
-    return sum(ladder.removed(ladder.levels) * ladder.group.step_cost for ladder in ladders)
+    return sum(ladder.removed(ladder.levels) * ladder.price for ladder in ladders)
 
 
 def _fraction(structure: ModelStructure, budget: BudgetConfig, biases: Iterable[str], most: int) -> float:
@@ -109,7 +147,7 @@ def _fraction(structure: ModelStructure, budget: BudgetConfig, biases: Iterable[
 def reachable(structure: ModelStructure, budget: BudgetConfig, biases: Iterable[str] = ()) -> float:
     """Return the greatest `budget.remove` that can be met when every group may move, rounded down to 4 decimals."""
     dense = dict.fromkeys(structure.dense_widths(), 1.0)
-    return _fraction(structure, budget, biases, _most(_ladders(structure, dense, budget.multiple_of)))
+    return _fraction(structure, budget, biases, _most(_ladders(structure, dense, budget)))
 
 
 def on_budget(structure: ModelStructure, ratios: Mapping[str, float], need: float) -> dict[str, float]:
@@ -118,11 +156,11 @@ def on_budget(structure: ModelStructure, ratios: Mapping[str, float], need: floa
     Those are the ratios times one scale, as far as no group loses its last unit; where even that is not enough, it is
     what comes nearest.
     """
-    ladders = _ladders(structure, ratios, 1)
+    ladders = _ladders(structure, ratios, BudgetConfig(remove=0.5))  # every width is allowed, whatever goes
     found = dict.fromkeys(structure.dense_widths(), 0.0)
     if ladders and need > 0:
         scale = _scale(ladders, need)
-        found |= {x.group.name: x.wanted(scale) / x.group.width for x in ladders}
+        found |= {x.groups[0].name: x.wanted(scale) / x.groups[0].width for x in ladders}
     return found
 
 
@@ -144,7 +182,8 @@ def project(
 
     The ratios are multiplied by the one scale at which they would remove just enough if units could be split, no group
     losing its last unit; rounded down; then the largest remainders go while they fit, then the cheapest steps. So the
-    model has at most the parameters that the budget leaves; what it has less would not pay for undoing any step.
+    model has at most the parameters that the budget leaves; what it has less would not pay for undoing any step. With
+    uniform widths a step is a unit of every layer at once, and the ratio of a kind the mean of its groups' ratios.
 
     Args:
         structure: the groups and their costs.
@@ -155,21 +194,25 @@ def project(
         part: of what must go, in (0, 1]; what is gone already counts.
 
     Raises:
-        ConfigError: no widths meet the budget; the message holds the greatest fraction that can be met.
+        ConfigError: no widths meet the budget; the message holds the greatest fraction that can be met. Or widths shall
+            be uniform, and there are biases to add, or the widths of the dense model differ.
     """
     biases, since = tuple(biases), since or structure.dense_widths()
+    if budget.uniform and structure.added(biases):
+        problem = "leaves no room for a compensation that adds biases, which stock classes lack; take one that does not"
+        raise ConfigError("budget.uniform", problem)
     gone = structure.parameters - structure.count(since)
     need = math.ceil(removal(structure, budget, biases) * part) - gone
-    ladders = _ladders(_left(structure, since), ratios, budget.multiple_of)
+    ladders = _ladders(_left(structure, since), ratios, budget)
     if need > _most(ladders):
         most = _fraction(structure, budget, biases, gone + _most(ladders))
-        still = len(structure.groups) - len(ladders)
+        still = len(structure.groups) - sum(len(ladder.groups) for ladder in ladders)
         which = f" while {still} of {len(structure.groups)} groups stay dense" if still else ""
         raise ConfigError("budget.remove", f"must be at most {most:.4f} for this model{which}, given {budget.remove}")
     levels = _round(ladders, need)
     widths = dict(since)
     for ladder, level in zip(ladders, levels, strict=True):
-        widths[ladder.group.name] -= ladder.removed(level)
+        widths |= dict.fromkeys((group.name for group in ladder.groups), ladder.widths[level])
     return widths
 
 
@@ -178,7 +221,7 @@ def _scale(ladders: list[_Ladder], need: float) -> float:
     low, high = 0.0, max(ladder.scale(ladder.levels) for ladder in ladders)
     for _ in range(80):
         middle = (low + high) / 2
-        enough = sum(ladder.wanted(middle) * ladder.group.step_cost for ladder in ladders) >= need
+        enough = sum(ladder.wanted(middle) * ladder.price for ladder in ladders) >= need
         low, high = (low, middle) if enough else (middle, high)
     return high
 
@@ -190,7 +233,7 @@ def _round(ladders: list[_Ladder], need: int) -> list[int]:
     scale = _scale(ladders, need)
     wanted = [ladder.wanted(scale) for ladder in ladders]
     levels = [ladder.floor(units) for ladder, units in zip(ladders, wanted, strict=True)]
-    missing = need - sum(x.removed(level) * x.group.step_cost for x, level in zip(ladders, levels, strict=True))
+    missing = need - sum(x.removed(level) * x.price for x, level in zip(ladders, levels, strict=True))
     missing = _take_remainders(ladders, wanted, levels, missing)
     missing = _take_cheapest(ladders, levels, missing)
     _give_back(ladders, levels, -missing)

@@ -148,6 +148,8 @@ class ModelStructure:
         norms: parameters that leave with a sublayer beside its own, by its path.
         outline: how this model came out of a larger one.
         origin: the structure of that one; None where it is this one.
+        stock_widths: by kind of group, the widths below the dense one that the family's stock class accepts in all
+            layers at once; a kind left out may have any.
     """
 
     family: str
@@ -162,6 +164,7 @@ class ModelStructure:
     norms: dict[str, str] = dataclasses.field(default_factory=dict)
     outline: Outline = WHOLE
     origin: ModelStructure | None = None
+    stock_widths: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def dense(self) -> ModelStructure:

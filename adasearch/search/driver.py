@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adasearch.config import StudyConfig, TrialConfig, TrialResult, merged
+from adasearch.config import StudyConfig, TrialConfig, TrialResult
 from adasearch.documents import value
 from adasearch.errors import NoTrialError
 from adasearch.racing import in_control
@@ -27,7 +27,6 @@ from adasearch.search.executor import Executor, Outcome
 from adasearch.search.lease import hold
 from adasearch.search.outcomes import (
     Asked,
-    Recipe,
     commonest_cause,
     copied_record,
     lag,
@@ -39,6 +38,7 @@ from adasearch.search.outcomes import (
     too_many_failed,
     write_proposal,
 )
+from adasearch.search.seeds import find_seeds
 from adasearch.search.space import Space
 
 if TYPE_CHECKING:
@@ -182,7 +182,10 @@ class _Search:
         self._outcomes: list[Record] = []
         self._events: list[str] = []
         self._begun = time.monotonic()
-        self._recipes = self._expressible()
+        seeds = find_seeds(study, space)
+        self._recipes = seeds.recipes
+        for line in seeds.lines():
+            self._say(line)
 
     def resume(self) -> None:
         """Take up what an earlier driver left: recorded trials wait to be told, the others are run again."""
@@ -228,22 +231,6 @@ class _Search:
     @property
     def _dense_result(self) -> TrialResult | None:
         return self._dense.record.result if self._dense.record else None
-
-    def _expressible(self) -> list[Recipe]:
-        """Return the recipes that are points of the space, each trial once."""
-        found: dict[str, Recipe] = {}
-        for name, recipe in self._study.recipes.items():
-            config = merged(self._study.trial, recipe)
-            params = self._space.encode(config)
-            if params is None:
-                self._say(f"recipe {name} is not in the space and is left out: {self._space.obstacle(config)}")
-                continue
-            key = self._space.decode(params).key
-            if key in found:
-                self._say(f"recipe {name} is the same trial as recipe {found[key].name} and is left out")
-            else:
-                found[key] = Recipe(name=name, params=params)
-        return list(found.values())[: self._study.trials]
 
     def _added(self, asked: Asked) -> _Trial:
         """Return the trial that was asked, entered in the books, and paired with the earlier one that it equals."""
@@ -316,7 +303,8 @@ class _Search:
                 config=config,
                 folder=str(folder),
                 incumbent=self._incumbent(number),
-                control=in_control(self._study.racing.control, self._study.seed, number),
+                # a recipe is scored in full: what the search promises of the seeds is a matter of equal fidelity
+                control=bool(trial.asked.recipe) or in_control(self._study.racing.control, self._study.seed, number),
             )
             self._executor.submit(folder.name, task, seconds=self._study.limits.trial_seconds)
             self._queue.remove(number)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from adasearch.config import COMPONENTS, CalibrationConfig, SpaceConfig, TrialConfig, UnitsConfig, merged
+from adasearch.config import COMPONENTS, STUDYS_OWN, CalibrationConfig, SpaceConfig, TrialConfig, UnitsConfig, merged
 from adasearch.documents import join, parse
 from adasearch.errors import ConfigError
 from adasearch.registry import DIMENSIONS, Entry, nearest
@@ -184,7 +184,7 @@ class Space:
             if dimension.is_component:
                 params |= _encoded_component(dimension, wanted[dimension.section])
             elif dimension.active(types):
-                params |= _encoded_item(dimension, wanted)
+                params |= _encoded_or_middle(dimension, wanted, config, params)
                 # a profile may be written shorter than the space writes it
                 wanted = _merged_deep(wanted, dimension.laid(dimension.decode(params)))
         made = self.decode(params).to_dict()
@@ -210,6 +210,24 @@ def _encoded_component(dimension: Dimension, wanted: dict[str, Any]) -> dict[str
     if best is None:
         raise _NotExpressibleError(f"{dimension.path} is never {wanted['type']!r} in the space")
     return best[1]
+
+
+def _encoded_or_middle(
+    dimension: Dimension, wanted: dict[str, Any], config: dict[str, Any], middle: dict[str, Any]
+) -> dict[str, Any]:
+    """Return `_encoded_item`, or the middle of the dimension where `config` leaves it open.
+
+    A recipe says nothing of `STUDYS_OWN`: where the study leaves such a setting out too, and its default lies outside
+    of the space, the space has the say.
+    """
+    try:
+        return _encoded_item(dimension, wanted)
+    except _NotExpressibleError:
+        given = config.get(dimension.section)
+        stated = isinstance(given, dict) and (not dimension.keys or dimension.keys[0] in given)
+        if stated or dimension.section not in STUDYS_OWN:
+            raise
+        return {name: middle[name] for name in dimension.parameters}
 
 
 def _encoded_item(dimension: Dimension, wanted: dict[str, Any]) -> dict[str, Any]:

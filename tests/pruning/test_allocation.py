@@ -1,5 +1,6 @@
 """Ratios by their definitions, and the projection: the budget is met whatever the ratios."""
 
+import dataclasses
 import math
 import time
 
@@ -197,6 +198,93 @@ class TestProject:
             project(structure, ratios, budget(remove, multiple_of=multiple))
             seconds.append(time.perf_counter() - start)
         assert sorted(seconds)[len(seconds) // 2] < 2
+
+
+class TestUniformWidths:
+    """``budget.uniform``: all layers of a kind are equally wide, and the budget is met from below."""
+
+    @staticmethod
+    def _steps(structure, kind, widths, multiple):
+        """Groups of a kind, the widths that they may have, and the one they got."""
+        groups = [g for g in structure.groups if g.kind == kind]
+        allowed = [
+            w for w in range(1, groups[0].width + 1) if kind != "mlp" or w % multiple == 0 or w == groups[0].width
+        ]
+        return groups, allowed, widths[groups[0].name]
+
+    @given(problems())
+    def test_widths_are_equal_and_allowed_and_meet_the_budget(self, problem):
+        structure, ratios, asked, _ = problem
+        asked = dataclasses.replace(asked, uniform=True)
+        widths = _solved((structure, ratios, asked, ()))
+        assume(widths is not None)
+        spare = structure.parameters - removal(structure, asked) - structure.count(widths)
+        assert spare >= 0
+        for kind in ("attention", "mlp"):
+            groups, allowed, width = self._steps(structure, kind, widths, asked.multiple_of)
+            assert {widths[g.name] for g in groups} == {width}
+            assert width in allowed
+            if not any(ratios[g.name] for g in groups):
+                assert width == groups[0].width
+            wider = next((w for w in allowed if w > width), None)
+            if wider is not None:  # one level up in all layers would be too much
+                assert (wider - width) * sum(g.step_cost for g in groups) > spare
+
+    @given(problems())
+    def test_the_cheapest_step_fills_up_what_the_dear_one_leaves(self, problem):
+        structure, ratios, asked, _ = problem
+        asked = dataclasses.replace(asked, uniform=True, multiple_of=1)
+        ratios = dict.fromkeys(ratios, 1.0)
+        widths = _solved((structure, ratios, asked, ()))
+        assume(widths is not None)
+        spare = structure.parameters - removal(structure, asked) - structure.count(widths)
+        steps = {k: self._steps(structure, k, widths, 1)[0] for k in ("attention", "mlp")}
+        prices = {k: sum(g.step_cost for g in groups) for k, groups in steps.items() if groups[0].width > 1}
+        cheapest = min(prices, key=prices.get)
+        if prices[cheapest] * (steps[cheapest][0].width - 1) >= max(prices.values()):
+            assert spare < prices[cheapest]
+
+    @given(problems())
+    def test_only_the_mean_ratio_of_a_kind_counts(self, problem):
+        structure, ratios, asked, _ = problem
+        asked = dataclasses.replace(asked, uniform=True)
+        total = {k: sum(ratios[g.name] for g in structure.groups if g.kind == k) for k in ("attention", "mlp")}
+        flat = {g.name: total[g.kind] / structure.layers for g in structure.groups}
+        first = {g.name: total[g.kind] * (g.layer == 0) for g in structure.groups}
+        found = _solved((structure, ratios, asked, ()))
+        for other in (flat, first):
+            assert _solved((structure, other, asked, ())) == found
+
+    def test_a_width_that_the_stock_class_refuses_is_left_out(self):
+        structure = dataclasses.replace(
+            made_structure(4, heads=8, head_cost=100), stock_widths={"attention": (1, 2, 4)}
+        )
+        ratios = {g.name: 1.0 for g in structure.groups}
+        for remove in (0.1, 0.2, 0.3, 0.4):
+            asked = budget(remove, uniform=True)
+            widths = project(structure, ratios, asked)
+            assert {widths[g.name] for g in structure.groups if g.kind == "attention"} <= {1, 2, 4, 8}
+            assert structure.count(widths) <= (1 - remove) * structure.parameters
+        free = project(structure, ratios, budget(0.1))
+        assert {free[g.name] for g in structure.groups if g.kind == "attention"} & {6, 7}
+
+    def test_added_biases_and_uneven_models_are_refused(self):
+        structure = made_structure(3)
+        ratios, asked = {g.name: 1.0 for g in structure.groups}, budget(0.2, uniform=True)
+        with pytest.raises(ConfigError, match=r"budget.uniform: .* adds biases"):
+            project(structure, ratios, asked, [structure.groups[0].output])
+        assert project(made_structure(3, biases=0), ratios, asked, [structure.groups[0].output])
+        first, *others = structure.groups
+        uneven = dataclasses.replace(structure, groups=(dataclasses.replace(first, units=2), *others))
+        with pytest.raises(ConfigError, match=r"budget.uniform: .* attention widths are 2 to 3"):
+            project(uneven, ratios, asked)
+
+    def test_an_allocator_may_ask_for_them(self):
+        asked = budget(0.2)
+        assert allocation.aimed(asked, component("allocation", "uniform")) == asked
+        aimed = allocation.aimed(asked, component("allocation", "uniform", equal_widths=True))
+        assert aimed == budget(0.2, uniform=True)
+        assert allocation.aimed(aimed, component("allocation", "global_score")) == aimed
 
 
 def _ratios(structure, name, scores=None, asked=None, **options):

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adasearch.config import REPOSITORY, TrialConfig, load_recipe
+from adasearch.config import TrialConfig
 from adasearch.errors import ConfigError, TrialError
+from adasearch.library import REPOSITORY, load_recipe
 from adasearch.pruning import allocation, calibration, compensation, importance, surgery
 from adasearch.pruning.allocation import AllocationContext, alpha_tail
 from adasearch.pruning.plan import make_plan

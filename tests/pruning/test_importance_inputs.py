@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from adasearch.config import REPOSITORY, load_recipe
 from adasearch.config import component as parsed
+from adasearch.library import REPOSITORY, load_recipe
 from adasearch.pruning import calibration, importance, statistics
 from adasearch.registry import IMPORTANCE
 from tests.pruning.sample import activations, component, sample

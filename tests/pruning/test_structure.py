@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -94,6 +95,25 @@ def test_every_family_is_registered_under_its_file_name():
     assert ARCHITECTURES.names() == tuple(sorted(tiny.FAMILIES)) == architectures.supported()
     for name in ARCHITECTURES.names():
         assert ARCHITECTURES.get(name).facts["model_types"] == (name,)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("attention", UNITS)
+@pytest.mark.parametrize("heads", [(12, 6), (8, 2), (6, 6)])
+def test_stock_widths_are_those_that_the_config_class_accepts(family, attention, heads):
+    query, groups = heads
+    config = tiny.tiny_config(family, num_attention_heads=query, num_key_value_heads=groups)
+    structure, _ = tiny.tiny_structure(config, attention)
+    group = next(g for g in structure.groups if g.kind == "attention")
+    for width in range(1, group.width):
+        kept = width if group.partitions == 1 else groups
+        numbers = {"num_attention_heads": query // group.width * width, "num_key_value_heads": kept, "head_dim": 8}
+        try:
+            type(config).from_dict({**config.to_dict(), **numbers})
+            accepted = True
+        except StrictDataclassError:
+            accepted = False
+        assert accepted == (width in structure.stock_widths.get("attention", (width,)))
 
 
 def test_unsupported_family_names_the_supported_ones():

@@ -100,6 +100,17 @@ def test_recipes_are_points_or_say_why_not(space):
 
 
 @pytest.mark.usefixtures("fakes")
+def test_what_a_recipe_leaves_to_a_study_that_leaves_it_open_is_the_middle_of_the_space():
+    space = space_of({"calibration.samples": {"int": [2, 6]}})  # the default lies outside
+    recipe = {key: item for key, item in BASE.items() if key != "calibration"}
+    corpus = BASE["calibration"]
+    params = space.encode({**recipe, "calibration": corpus})
+    assert params == {"calibration.samples": 4}
+    assert space.encode({**recipe, "calibration": {**corpus, "samples": 3}}) == {"calibration.samples": 3}
+    assert space.encode({**recipe, "calibration": {**corpus, "samples": 32}}) is None
+
+
+@pytest.mark.usefixtures("fakes")
 def test_mappings_may_be_choices():
     space = space_of({"recovery": {"choice": ["none", {"type": "lora", "rank": 4}, {"type": "lora", "rank": 32}]}})
     for rank in (4, 32):

@@ -15,10 +15,11 @@ import torch
 import transformers
 
 from adasearch import loading, modeling_adasearch, models
-from adasearch.config import TaskScore, UnitsConfig
+from adasearch.config import BudgetConfig, TaskScore, UnitsConfig
 from adasearch.errors import ModelError, StorageError
 from adasearch.pruning import architectures, surgery
 from adasearch.pruning.plan import PruningPlan, make_plan
+from adasearch.pruning.projection import project
 from adasearch.records import FinalRecord
 from adasearch.tuning.export import MARKER, SUMS, ModelCard, _verify, hf
 
@@ -316,6 +317,20 @@ class TestUniform:
         assert torch.equal(logits(opened), logits(case.model))
         assert opened.config.num_attention_heads == 6
         assert not (tmp_path / "out" / modeling_adasearch.FILE_NAME).exists()
+
+    @pytest.mark.parametrize("family", sorted(CONFIGS))
+    @pytest.mark.parametrize("remove", [0.15, 0.3, 0.45])
+    def test_a_budget_of_uniform_widths_needs_no_code_of_ours(self, family: str, remove: float, tmp_path: Path) -> None:
+        changes = {"num_attention_heads": 8, "num_key_value_heads": 8}
+        structure = architectures.describe(make_base(family, tmp_path, **changes).shape, UnitsConfig())
+        asked = BudgetConfig(remove=remove, uniform=True)
+        widths = project(structure, {g.name: 1.0 + g.layer for g in structure.groups}, asked)
+        pairs = [tuple(widths[g.name] for g in structure.groups if g.layer == layer) for layer in range(LAYERS)]
+        case = make_case(family, tmp_path, pairs, **changes)
+        assert case.export(tmp_path / "out").layout == "stock"
+        opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert torch.equal(logits(opened), logits(case.model))
+        assert sum(p.numel() for p in opened.parameters()) <= (1 - remove) * structure.parameters
 
     def test_heads_that_llama_refuses(self, tmp_path: Path) -> None:
         changes = {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 6}

@@ -3,10 +3,12 @@
 An entry is ``shape(context: AllocationContext, options) -> dict[str, float]``: the relative pruning ratio (fraction of
 units removed, >= 0, free of scale) of each group by name. `projection.project` scales it onto the budget; a group of
 ratio 0 stays dense. Its fact `needs` is a function ``options -> frozenset[str]``: the families of `Statistics` read.
+A fact `equal_widths` (options -> bool), where there is one, says whether all layers shall end equally wide.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -70,6 +72,13 @@ def needs(component: Component) -> frozenset[str]:
     """Return the families of statistics that an allocator with these options reads."""
     found: frozenset[str] = ALLOCATION.get(component.type).facts["needs"](component.options)
     return found
+
+
+def aimed(budget: BudgetConfig, component: Component) -> BudgetConfig:
+    """Return the budget to project onto: with uniform widths also where the allocator asks for them."""
+    entry = ALLOCATION.get(component.type)
+    equal = "equal_widths" in entry.facts and entry.facts["equal_widths"](component.options)
+    return dataclasses.replace(budget, uniform=True) if equal else budget
 
 
 def shape(context: AllocationContext, component: Component) -> dict[str, float]:

@@ -80,8 +80,23 @@ def _attention(shape: ModelShape, layer: int, unit: str) -> Group:
     )
 
 
-def describe_decoder(shape: ModelShape, units: UnitsConfig) -> ModelStructure:
-    """Return the structure of a Llama-like decoder; norms over single heads, as in Qwen3, are shared and stay whole."""
+def _stock_widths(shape: ModelShape, groups: list[Group], *, heads_divide_hidden: bool) -> dict[str, tuple[int, ...]]:
+    """Return the attention widths at which the number of query heads divides the hidden size, where that matters."""
+    attention = next((g for g in groups if g.kind == "attention"), None)
+    if attention is None or not heads_divide_hidden:
+        return {}
+    heads = shape.heads // attention.width
+    return {"attention": tuple(w for w in range(1, attention.width) if shape.hidden % (w * heads) == 0)}
+
+
+def describe_decoder(shape: ModelShape, units: UnitsConfig, *, heads_divide_hidden: bool = False) -> ModelStructure:
+    """Return the structure of a Llama-like decoder; norms over single heads, as in Qwen3, are shared and stay whole.
+
+    Args:
+        shape: the numbers of the model's config.
+        units: what can go.
+        heads_divide_hidden: the family's stock class accepts only numbers of query heads that divide the hidden size.
+    """
     groups: list[Group] = []
     for layer in range(shape.layers):
         # A sublayer that an outline took away has no parameters, and nothing that could be cut.
@@ -109,4 +124,5 @@ def describe_decoder(shape: ModelShape, units: UnitsConfig) -> ModelStructure:
             for layer in range(shape.layers)
             for part, norm in _NORMS.items()
         },
+        stock_widths=_stock_widths(shape, groups, heads_divide_hidden=heads_divide_hidden),
     )

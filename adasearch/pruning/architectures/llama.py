@@ -11,4 +11,4 @@ from adasearch.registry import ARCHITECTURES
 @ARCHITECTURES.register(model_types=("llama",))
 def describe(shape: ModelShape, units: UnitsConfig) -> ModelStructure:
     """Return what can be cut from a model of this family."""
-    return describe_decoder(shape, units)
+    return describe_decoder(shape, units, heads_divide_hidden=True)  # transformers' LlamaConfig refuses others
