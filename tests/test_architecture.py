@@ -21,7 +21,7 @@ FLOORS = [
     ["tuning.decoder"],
     ["pruning", "search.dimensions", "search.space", "search.parameters", "tuning.items", "tuning.scoring"],
     ["checkpoints", "placement"],
-    ["models", "data", "search.surrogate", "tuning.cloze"],
+    ["models", "tokenization", "data", "search.surrogate", "tuning.cloze"],
     ["pruning.calibration", "pruning.surgery", "pruning.compensation", "tuning", "loading"],
     ["search"],
     ["environment", "workbench"],
