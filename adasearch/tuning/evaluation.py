@@ -98,6 +98,39 @@ def objective(scores: Sequence[TaskScore], metric: Metric) -> tuple[float, float
 
 
 @torch.inference_mode()
+def total_nats(model: Any, windows: torch.Tensor, scored: torch.Tensor, token_budget: int | None = None) -> float:
+    """Return the negative log-likelihood (nats) of the scored tokens of windows that each stand alone.
+
+    Args:
+        model: a causal language model with the modules `model` and `lm_head`, in eval mode.
+        windows: N × W token ids; what fills up a short window stands at its end.
+        scored: N × W, true for the tokens that are predicted, which the first of a window never is.
+        token_budget: tokens of a batch; None suits the model's device.
+
+    Raises:
+        TrialError: the model gives values that are not finite.
+    """
+    count, window = windows.shape
+    device = model.lm_head.weight.device
+    budget = token_budget or (_CPU_TOKENS if device.type == "cpu" else _DEVICE_TOKENS)
+    total = 0.0
+    step = max(1, budget // window)
+    for begin in range(0, count, step):
+        batch = windows[begin : begin + step].to(device)
+        states = last_hidden(model, batch)[:, :-1].flatten(0, 1)
+        lines = scored[begin : begin + step, 1:].flatten().nonzero().flatten().to(device)
+        values = target_logprobs(model.lm_head, states, lines, batch[:, 1:].flatten()[lines])
+        total -= float(values.double().sum())
+    if not math.isfinite(total):
+        raise TrialError("nan", f"the log-likelihood of {count} windows of {window} tokens is not finite", "evaluate")
+    return total
+
+
+def perplexity_of(nats: float, tokens: int) -> float:
+    """Return exp(`nats` / `tokens`), the perplexity per token of text that costs `nats`; finite."""
+    return math.exp(min(nats / tokens, 700.0))  # beyond that a float overflows
+
+
 def perplexity(model: Any, tokens: torch.Tensor, window: int, token_budget: int | None = None) -> float:
     """Return exp of the mean negative log-likelihood over non-overlapping windows; the last, partial one is left out.
 
@@ -118,17 +151,6 @@ def perplexity(model: Any, tokens: torch.Tensor, window: int, token_budget: int 
         raise DataError(
             f"perplexity needs a window of 2 tokens or more and as much text, given {window} and {len(tokens)}"
         )
-    device = model.lm_head.weight.device
-    budget = token_budget or (_CPU_TOKENS if device.type == "cpu" else _DEVICE_TOKENS)
-    total = 0.0
     windows = tokens[: count * window].view(count, window)
-    step = max(1, budget // window)
-    for begin in range(0, count, step):
-        batch = windows[begin : begin + step].to(device)
-        states = last_hidden(model, batch)[:, :-1].flatten(0, 1)
-        lines = torch.arange(len(states), device=device)
-        values = target_logprobs(model.lm_head, states, lines, batch[:, 1:].flatten())
-        total -= float(values.double().sum())
-    if not math.isfinite(total):
-        raise TrialError("nan", f"the log-likelihood of {count} windows of {window} tokens is not finite", "evaluate")
-    return math.exp(min(total / (count * (window - 1)), 700.0))  # beyond that a float overflows
+    scored = torch.ones_like(windows, dtype=torch.bool)
+    return perplexity_of(total_nats(model, windows, scored, token_budget), count * (window - 1))
