@@ -63,9 +63,9 @@ def align(
     """Return the text of the reference's whole windows in tokens of another tokenizer.
 
     The text is encoded once, as a whole, and a token belongs to the window that it begins in: none is torn apart, and
-    none is made that a reader of the text would not see. Given is, as in `perplexity`, what begins before the second
-    token of the reference's window, and at least one token. With the reference itself the windows are those of
-    `perplexity`.
+    none is made that a reader of the text would not see. Given is, as in `perplexity`, the text of the first token of
+    the reference's window, and at least one token; a token that goes on beyond that text is predicted, so that a
+    smaller vocabulary is never flattered there. With the reference itself the windows are those of `perplexity`.
 
     Args:
         text: contiguous text.
@@ -87,7 +87,7 @@ def align(
     begins = np.arange(count) * window
     edges = np.append(old, np.iinfo(np.int64).max)[np.append(begins, count * window)]
     cuts = np.searchsorted(new, edges)
-    given = np.maximum(np.searchsorted(new, old[begins + 1]), cuts[:-1] + 1)
+    given = np.maximum(np.searchsorted(new[1:], old[begins + 1], side="right"), cuts[:-1] + 1)
     places = np.arange(np.diff(cuts).max())
     index = cuts[:-1, None] + places
     inside = index < cuts[1:, None]
