@@ -67,7 +67,7 @@ def study_file(folder: Path, checkpoint: str, /, **changes) -> Path:
             "windows": [128],
         },
         "trial": {"calibration": {"corpus": "pydoc", "length": 64}, "recovery": recovery},
-        "recipes": ["wanda_sp"],
+        "recipes": ["fasp"],
         "trials": 4,
         "seed": 3,
         "sampler": {"startup": 2},

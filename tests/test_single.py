@@ -109,6 +109,24 @@ def test_a_recipe_that_the_model_is_too_small_for_leaves_nothing(tiny_checkpoint
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_schedule_that_cannot_have_what_the_criterion_needs_is_refused_without_weights(
+    tiny_checkpoint, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("adasearch.models.fetch_weights", None)
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("importance: taylor\nschedule: sequential\n")
+    assert prune(tiny_checkpoint, tmp_path / "out", recipe=str(recipe)) == 2
+    error = capsys.readouterr().err
+    assert "trial.schedule: sequential must do with statistics of one forward pass" in error
+    assert "taylor needs" in error
+
+
+@pytest.mark.parametrize("recipe", ["slimgpt", "adapt_pruner"])
+def test_recipes_with_schedules_are_exported_like_others(tiny_checkpoint, tmp_path, recipe):
+    assert prune(tiny_checkpoint, tmp_path / "out", recipe=recipe) == 0
+    assert adasearch.load(tmp_path / "out")
+
+
 def test_a_recipe_in_a_file_of_ones_own(tiny_checkpoint, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("title: mine\nimportance: wanda_sp\nallocation: {type: layer_profile}\nunits: {mlp: channel}\n")

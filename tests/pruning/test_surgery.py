@@ -51,6 +51,28 @@ def test_cut_equals_zeroed(family, unit, biases):
     assert all(torch.equal(before[name], w) for name, w in case[1].items())
 
 
+@pytest.mark.parametrize(("family", "unit"), CASES)
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("mlp_bias", [False, True])
+def test_narrow_in_place_equals_cut_and_leaves_the_weights(family, unit, biases, mlp_bias):
+    changes = {"mlp_bias": True, "attention_bias": True} if mlp_bias and family == "llama" else {}
+    case = _case(family, unit, biases=biases, **changes)
+    before = {name: w.clone() for name, w in case[1].items()}
+    model = models.assemble(models.empty_model(case[0]), case[1])
+    surgery.narrow(model, *case[2:])
+    small = surgery.cut(*case)
+    assert torch.equal(_logits(model), _logits(small))
+    found = dict(model.named_parameters())
+    for group in case[2].groups:
+        if len(case[3].keep[group.name]) < group.units:
+            for kind in ("weight", "bias"):
+                name = f"{group.output}.{kind}"
+                assert (name in found) == (name in dict(small.named_parameters()))
+                if name in found:
+                    found[name].data.add_(1.0)
+    assert all(torch.equal(before[name], w) for name, w in case[1].items())
+
+
 @pytest.mark.parametrize("unit", ["kv_group", "head"])
 def test_cut_equals_zeroed_with_every_bias_and_untied(unit):
     case = _case("llama", unit, attention_bias=True, mlp_bias=True, tie_word_embeddings=False)
