@@ -13,6 +13,7 @@ Families of statistics (the strings that criteria, allocators and compensators n
 - ``gradient_sum``, ``square_sum``: what the last two are read from, element by element.
 
 L is the mean over sequences of the mean next-token cross-entropy: no statistic depends on how sequences are batched.
+A need is a family, or ``family@corpus``: the same of a sample of that corpus, as large and drawn alike (`by_corpus`).
 A family of `ACCUMULATORS` merges over samples. ``gradient`` and ``fisher`` do not, since they hold absolute values of
 sums: they are read from the families of `SUMS`, which do. A new family is one accumulator class and one line there.
 
@@ -25,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -288,6 +289,22 @@ def merged_from(family: str) -> frozenset[str]:
     return SUMS.get(family, frozenset({family}))
 
 
+def of_other(families: Iterable[str], corpus: str) -> frozenset[str]:
+    """Return needs of the same families on the sample of `corpus`; those that name a corpus already keep theirs."""
+    return frozenset(need if "@" in need else f"{need}@{corpus}" for need in families)
+
+
+def by_corpus(needs: Iterable[str]) -> dict[str, frozenset[str]]:
+    """Return the families in `needs` by the corpus that they name; those of the trial's own sample under ``""``.
+
+    >>> by_corpus(["moments", "fisher@stdlib"])
+    {'': frozenset({'moments'}), 'stdlib': frozenset({'fisher'})}
+    """
+    split = [need.partition("@") for need in sorted(needs)]
+    corpora = ["", *sorted({corpus for _, _, corpus in split} - {""})]
+    return {corpus: frozenset(family for family, _, of in split if of == corpus) for corpus in corpora}
+
+
 def tensors_of(family: str, place: str, value: Any) -> dict[str, Tensor]:
     """Return what an accumulator holds for one place under the keys of `Statistics`, on the CPU."""
     names = (f.name for f in dataclasses.fields(value) if f.name != "count")
@@ -302,10 +319,12 @@ class Statistics:
         tokens: number of tokens that the moments and Gram matrices were taken over.
         tensors: ``family/place/name`` -> tensor, where place is a module (a layer or sublayer for the cosine, an
             output projection for moments and covariance) or a parameter.
+        others: statistics of the samples of other corpora, by corpus, where something needs them.
     """
 
     tokens: int
     tensors: Mapping[str, Tensor]
+    others: Mapping[str, Statistics] = field(default_factory=dict)
 
     @property
     def families(self) -> frozenset[str]:
@@ -345,6 +364,10 @@ class Statistics:
     def rows(self, family: str, parameter: str, name: str) -> Tensor:
         """Return a sum over each row (R) of `parameter`; `family` and `name` as in `gradient_rows`."""
         return self.tensors[f"{family}/{parameter}/{name}"]
+
+    def of_corpus(self, corpus: str) -> Statistics:
+        """Return the statistics of the sample of another corpus, which know the others too."""
+        return dataclasses.replace(self.others[corpus], others=self.others)
 
     def only(self, family: str) -> Statistics:
         """Return the part that belongs to one family."""

@@ -1,8 +1,9 @@
 """Importance criteria: one file each.
 
 An entry is ``score(view: GroupView, options) -> Tensor`` of U float32 or float64 scores, higher = keep. Its fact
-`needs` is a function ``options -> frozenset[str]``: the families of `Statistics` that the score reads. A criterion
-sees one group at a time, whatever kind of layer it comes from.
+`needs` is a function ``options -> frozenset[str]``: the families of `Statistics` that the score reads, as
+``family@corpus`` where they are those of another corpus, which an option called ``corpus`` must name: so it is checked
+before any work. A criterion sees one group at a time, whatever kind of layer it comes from.
 
 Shape letters: U units of a group, B input features of the output projection per unit, D output features of it,
 K elements of one unit in one matrix.
@@ -10,6 +11,7 @@ K elements of one unit in one matrix.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -57,6 +59,10 @@ class GroupView:
     weights: Mapping[str, Tensor]
     statistics: Statistics | None
     seed: int
+
+    def of_corpus(self, corpus: str) -> GroupView:
+        """Return the view on the same group whose statistics are those of another corpus."""
+        return dataclasses.replace(self, statistics=self._known().of_corpus(corpus))
 
     def members(self, probe: Probe = "all") -> tuple[str, ...]:
         """Return the matrices that units own parts of, in the order of the slices: all, or the output's only."""
