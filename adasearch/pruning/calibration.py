@@ -3,7 +3,8 @@
 The model is shared by the trials of a worker, so every hook, gradient and flag set here is undone, whatever happens.
 
 What it costs, over one plain pass of the same tokens through the same model (forward with logits; forward and backward
-with the gradients of all weights), is measured by ``benchmarks/statistics.py``; the promise is 1.2 times.
+with the gradients of all weights), is measured by ``benchmarks/statistics.py``; the promise is 1.2 times. It does not
+hold for ``spsa_sum``, which sends each sequence through the model twice with as many products again (see `probes`).
 """
 
 from __future__ import annotations
@@ -16,8 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from adasearch.errors import DataError, TrialError
-from adasearch.pruning import products, statistics
-from adasearch.pruning.statistics import ACCUMULATORS, FAMILIES, SUMS, GradientSum, SquareSum, Statistics
+from adasearch.pruning import probes, products, statistics
+from adasearch.pruning.statistics import (
+    ACCUMULATORS,
+    FAMILIES,
+    SUMS,
+    GradientSum,
+    SpsaSum,
+    SquareSum,
+    Statistics,
+)
 from adasearch.pruning.structure import ModelStructure, Slice
 
 # A batch this large keeps two cores busy; a larger one falls out of their caches and holds more activations.
@@ -82,24 +91,42 @@ def accumulate(
     token_budget = token_budget or (_CPU_TOKENS if device.type == "cpu" else _DEVICE_TOKENS)
     wanted = {source: {f for f in families if ACCUMULATORS[f].source == source} for source in _WATCHES}
     held: Accumulated = {}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_reading(model))
-        for source, watch in _WATCHES.items():
-            if wanted[source]:
-                stack.enter_context(watch(model, structure, wanted[source], held))
-        if wanted["gradient"]:
-            stack.enter_context(_short_attention(model, tokens.shape[1]))
-        for part in torch.split(tokens.to(device), max(1, token_budget // tokens.shape[1])):
-            if wanted["gradient"]:
-                _backward(model, part)
-            else:
-                with torch.no_grad():
-                    model.base_model(input_ids=part, use_cache=False)  # type: ignore[operator]
+    tokens = tokens.to(device)
+    with _reading(model):
+        if any(wanted.values()):
+            _watched(model, structure, tokens, token_budget, wanted, held)
+        if "spsa_sum" in families:  # in passes of its own: they are not those of the model as it is
+            members = _members(structure, dict(model.named_parameters()))
+            for name, total in probes.estimates(model, members, tokens, _logit_rows(model)).items():
+                held["spsa_sum", name] = SpsaSum(count=0, total=total)
     tensors: dict[str, Tensor] = {}
     for family, place in list(held):
         tensors |= statistics.tensors_of(family, place, held.pop((family, place)))
     _check_finite(tensors)
     return Statistics(tokens=tokens.numel(), tensors=tensors)
+
+
+def _watched(
+    model: nn.Module,
+    structure: ModelStructure,
+    tokens: Tensor,
+    token_budget: int,
+    wanted: Mapping[str, set[str]],
+    held: Accumulated,
+) -> None:
+    """Accumulate the families wanted of each source of `_WATCHES` while the sample goes through the model."""
+    with contextlib.ExitStack() as stack:
+        for source, watch in _WATCHES.items():
+            if wanted[source]:
+                stack.enter_context(watch(model, structure, wanted[source], held))
+        if wanted["gradient"]:
+            stack.enter_context(_short_attention(model, tokens.shape[1]))
+        for part in torch.split(tokens, max(1, token_budget // tokens.shape[1])):
+            if wanted["gradient"]:
+                _backward(model, part)
+            else:
+                with torch.no_grad():
+                    model.base_model(input_ids=part, use_cache=False)  # type: ignore[operator]
 
 
 def read(
@@ -299,6 +326,13 @@ _WATCHES: dict[str, Callable[..., _Watch]] = {
 }
 
 
+def _logit_rows(model: nn.Module) -> int:
+    """Return the number of tokens at a time whose logits there is room for."""
+    head: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
+    room = _CPU_LOGITS if head.weight.device.type == "cpu" else _DEVICE_LOGITS
+    return max(1, room // (4 * head.out_features))
+
+
 def _backward(model: nn.Module, batch: Tensor) -> None:
     """Run the sum over the sequences of `batch` (B × T) of their mean next-token cross-entropy backward.
 
@@ -306,8 +340,7 @@ def _backward(model: nn.Module, batch: Tensor) -> None:
     the softmax and t the one-hot target of a token, the gradient on its logits is p - t; the loss itself is not needed.
     """
     head: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
-    room = _CPU_LOGITS if batch.device.type == "cpu" else _DEVICE_LOGITS
-    rows = max(1, room // (4 * head.out_features))
+    rows = _logit_rows(model)
     with torch.enable_grad():
         hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state  # type: ignore[operator]
         states = hidden[:, :-1].flatten(0, 1)

@@ -11,6 +11,7 @@ Families of statistics (the strings that criteria, allocators and compensators n
 - ``gradient``: W * dL/dW of each member matrix, summed per row of its cut dimension, with and without absolute value.
 - ``fisher``: the same with the diagonal empirical Fisher information F, the mean over sequences of squared gradients.
 - ``gradient_sum``, ``square_sum``: what the last two are read from, element by element.
+- ``spsa_sum``: an estimate of the first of them from forward passes alone, one probe a sequence (`probes`).
 
 L is the mean over sequences of the mean next-token cross-entropy: no statistic depends on how sequences are batched.
 A need is a family, or ``family@corpus``: the same of a sample of that corpus, as large and drawn alike (`by_corpus`).
@@ -39,9 +40,10 @@ from torch import Tensor
 from adasearch.errors import DataError
 from adasearch.pruning import products
 
-Source = Literal["features", "sequences", "inputs", "stream", "gradient"]
+Source = Literal["features", "sequences", "inputs", "stream", "gradient", "probes"]
 """What an accumulator is fed with: inputs of output projections, the same by sequence, what groups read, the residual
-stream before and after a place (all through `of`), or gradients of member matrices (built by `calibration`)."""
+stream before and after a place (all through `of`), gradients of member matrices, or estimates of these from losses
+(both built by `calibration`)."""
 
 
 def _batch_mean(x: Tensor) -> Tensor:
@@ -221,7 +223,14 @@ class GradientSum:
 
     def merge(self, other: GradientSum) -> GradientSum:
         """Return the sum over both samples."""
-        return GradientSum(count=self.count + other.count, total=self.total + other.total)
+        return dataclasses.replace(self, count=self.count + other.count, total=self.total + other.total)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SpsaSum(GradientSum):
+    """The same, estimated from forward passes alone: unbiased up to O(eps^2), mostly noise; see `probes`."""
+
+    source: ClassVar[Source] = "probes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -268,6 +277,7 @@ ACCUMULATORS: dict[str, Any] = {
     "cosine": Cosine,
     "gradient_sum": GradientSum,
     "square_sum": SquareSum,
+    "spsa_sum": SpsaSum,
 }
 """Class of each family that merges; its fields other than `count` are the tensors kept for one place."""
 
@@ -277,7 +287,7 @@ SUMS: dict[str, frozenset[str]] = {
 }
 """Families that are read from others, and from which."""
 
-LARGE = frozenset[str]().union(*SUMS.values())
+LARGE = frozenset({"spsa_sum"}).union(*SUMS.values())
 """Families of the size of the weights in float32."""
 
 FAMILIES = frozenset({*ACCUMULATORS, *SUMS})

@@ -29,6 +29,11 @@ from adasearch.pruning.structure import Group, ModelStructure, Slice
 from adasearch.registry import IMPORTANCE
 
 Probe = Literal["all", "output"]
+Gradient = Literal["mean", "rms", "spsa"]
+"""Size of a gradient over sequences: absolute value of the ``mean``, root of the mean square (``rms``), or the first
+estimated from forward passes alone (``spsa``), which is mostly noise: see `probes`."""
+GRADIENTS: dict[Gradient, str] = {"mean": "gradient_sum", "rms": "square_sum", "spsa": "spsa_sum"}
+"""The family of statistics that holds each."""
 
 
 def _criterion(data: Any) -> Component:
@@ -83,13 +88,10 @@ class GroupView:
         """Return the columns of the output projection by unit (U × B × D, float32)."""
         return self.rows_of(f"{self.group.output}.weight")
 
-    def gradients(self, parameter: str, over: Literal["mean", "rms"]) -> Tensor:
-        """Return the size of the gradients of the weights in `rows_of`, up to a factor that all units share.
-
-        That is the absolute value of their mean over sequences, or the root of their mean square.
-        """
-        if over == "mean":
-            return self._rows(parameter, self._known().value("gradient_sum", parameter).total).abs()
+    def gradients(self, parameter: str, over: Gradient) -> Tensor:
+        """Return the size of the gradients of the weights in `rows_of`, up to a factor that all units share."""
+        if over != "rms":
+            return self._rows(parameter, self._known().value(GRADIENTS[over], parameter).total).abs()
         return self._rows(parameter, self._known().value("square_sum", parameter).squares).sqrt()
 
     def norms(self, parameter: str) -> Tensor:
