@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adasearch import data, models, placement
-from adasearch.config import ClusterConfig, StudyConfig, TrialConfig, UnitsConfig, component
+from adasearch.config import (
+    COMPONENTS,
+    ClusterConfig,
+    Component,
+    StudyConfig,
+    TrialConfig,
+    UnitsConfig,
+    component,
+    merged,
+)
 from adasearch.documents import fingerprint, join, value
 from adasearch.environment import local_machine, machine, versions
 from adasearch.errors import ConfigError, DataError, ModelError, StorageError
@@ -61,16 +70,43 @@ class Checked:
 
 
 def corpora(study: StudyConfig) -> dict[str, str]:
-    """Return every corpus that trials of a study read, and the key that names it."""
-    found: dict[str, str] = {}
+    """Return every corpus that trials of a study read, and the key that names it.
+
+    Trials read the corpus they are calibrated on, and those that a setting called ``corpus`` names of any component:
+    what a recovery trains on, or another sample that a criterion looks at.
+    """
     trial = TrialConfig.from_dict(study.trial, "trial")
     searched = "calibration.corpus" in study.space.dimensions
     key = "space.calibration.corpus" if searched else "trial.calibration.corpus"
-    found |= dict.fromkeys(study.calibration_corpora, key)
-    for key, recovery in (("trial.recovery", trial.recovery), ("finalize.recovery", study.finalize.recovery)):
-        corpus = getattr(recovery.options, "corpus", None)
-        if corpus:
-            found[corpus] = f"{key}.corpus"
+    named = [(corpus, key) for corpus in study.calibration_corpora]
+    named += _named_by(trial, "trial")
+    named += _settings_of(study.finalize.recovery, "finalize.recovery")
+    for name, recipe in study.recipes.items():
+        config = TrialConfig.from_dict(merged(study.trial, recipe), name)
+        if "calibration" in recipe:
+            named.append((config.calibration.corpus, f"recipes.{name}.calibration.corpus"))
+        named += _named_by(config, f"recipes.{name}")
+    space = Space.from_config(study.space, study.trial, seed=study.seed)
+    # The dimension that names a corpus before those at whose corners it is merely there.
+    for path, corner in sorted(space.corners(), key=lambda found: not found[0].endswith("corpus")):
+        named += [(corpus, join("space", path)) for corpus, _ in _named_by(corner, "")]
+    return dict(reversed(named))  # the first key of each
+
+
+def _named_by(trial: TrialConfig, where: str) -> list[tuple[str, str]]:
+    """Return the corpora that the components of a trial name, and their keys."""
+    return [found for name in COMPONENTS for found in _settings_of(getattr(trial, name), join(where, name))]
+
+
+def _settings_of(part: Component, where: str) -> list[tuple[str, str]]:
+    """Return the corpora that a component names, or those that it is built from."""
+    found: list[tuple[str, str]] = []
+    for field in dataclasses.fields(part.options):
+        item, key = getattr(part.options, field.name), join(where, field.name)
+        if isinstance(item, Component):
+            found += _settings_of(item, key)
+        elif field.name == "corpus" and item:
+            found.append((item, key))
     return found
 
 

@@ -409,9 +409,7 @@ def token_stream(
     return TokenStream(tokens=torch.tensor(stream[:tokens], dtype=torch.long), epochs=passes)
 
 
-def first_tokens(
-    tokenizer: PreTrainedTokenizerBase, corpus: str, tokens: int, data_root: str | None = None, part: str = "fit"
-) -> torch.Tensor:
+def first_tokens(tokenizer: Any, corpus: str, tokens: int, data_root: str | None, part: str = "fit") -> torch.Tensor:
     """Return the tokens of the first documents of a corpus, at most `tokens` and each document once (T, int64)."""
     found: list[int] = []
     for text in documents(corpus, part, data_root):

@@ -15,7 +15,7 @@ from adasearch import data, models, outlined
 from adasearch.config import CalibrationConfig, Component, StudyConfig, UnitsConfig
 from adasearch.documents import fingerprint
 from adasearch.errors import DataError, TrialError
-from adasearch.pruning import architectures, calibration
+from adasearch.pruning import architectures, calibration, statistics
 from adasearch.pruning.statistics import Statistics
 from adasearch.pruning.statistics_cache import Cache
 from adasearch.pruning.structure import WHOLE, Outline
@@ -39,6 +39,15 @@ class TaskItems:
 
 _STATISTICS_VERSION = 2
 """Raised when the same sample would give other statistics than before, or the same in another form."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """What is asked of the cache: families of one calibration sample, by the fingerprint of all but its size."""
+
+    key: str
+    sample: CalibrationConfig
+    families: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -96,7 +105,7 @@ class Workbench:
         self._dense: nn.Module | None = None
         self._small: tuple[BaseModel, nn.Module | None] = (self.base, None)
         self._use: dict[tuple[str, int], torch.Tensor] = {}
-        self._last: tuple[tuple[str, int, frozenset[str]], Statistics] | None = None
+        self._last: tuple[tuple[_Asked, ...], Statistics] | None = None
         self._reference: divergence.Reference | None = None
 
     def structure(self, units: UnitsConfig | None = None, outline: Outline = WHOLE) -> ModelStructure:
@@ -158,21 +167,39 @@ class Workbench:
     ) -> Statistics | None:
         """Return the statistics of a calibration sample, from the cache where they are known; None for no needs.
 
-        What the last trial used is at hand without a look at the disk.
+        Where a need names another corpus, `others` holds the statistics of its sample: as many sequences, as long,
+        drawn by the same seed, from the same part of the text. What the last trial used is at hand without a look at
+        the disk.
         """
         if not needs:
             return None
-        version = data.corpus_version(sample.corpus, self.study.data_root)
-        model = (self._checksum, str(self.base.dtype), structure.outline)
-        content = (*model, units, self.study.data_root, version, _STATISTICS_VERSION)
-        key = fingerprint((*content, dataclasses.replace(sample, samples=1)))
-        asked = (key, sample.samples, needs)
+        parts = {
+            corpus: self._asked(
+                structure.outline, dataclasses.replace(sample, corpus=corpus or sample.corpus), units, families
+            )
+            for corpus, families in statistics.by_corpus(needs).items()
+        }
+        asked = tuple(parts.values())
         if self._last is None or self._last[0] != asked:
-            origin = _Origin(bench=self, structure=structure, sample=sample)
             self._last = None  # before the next are made: two of them need not fit into memory
-            self._last = (asked, Cache(folder=self.cache / "statistics").obtain(key, sample.samples, needs, origin))
+            cache = Cache(folder=self.cache / "statistics")
+            found = {}
+            for corpus, part in parts.items():
+                origin = _Origin(bench=self, structure=structure, sample=part.sample)
+                found[corpus] = cache.obtain(part.key, part.sample.samples, part.families, origin)
+            own = found.pop("")
+            self._last = (asked, dataclasses.replace(own, others=found))
             self.release()
         return self._last[1]
+
+    def _asked(
+        self, outline: Outline, sample: CalibrationConfig, units: UnitsConfig, families: frozenset[str]
+    ) -> _Asked:
+        version = data.corpus_version(sample.corpus, self.study.data_root)
+        model = (self._checksum, str(self.base.dtype), outline)
+        content = (*model, units, self.study.data_root, version, _STATISTICS_VERSION)
+        key = fingerprint((*content, dataclasses.replace(sample, samples=1)))
+        return _Asked(key=key, sample=sample, families=families)
 
     def reference(self) -> divergence.Reference:
         """Return what every trial's model is compared with after its cut, the same for all; made once.

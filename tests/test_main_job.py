@@ -230,6 +230,17 @@ def test_status_and_report_read_a_run(finished, capsys):
         ({"report": {"tasks": ["piqqa"]}}, 2, "report.tasks: unknown task 'piqqa'"),
         ({"objective": {"search": ["piqa:train"]}, "report": {"tasks": ["piqa:train"]}}, 2, "report.tasks: "),
         ({"trial": {"calibration": {"corpus": "pydok"}, "recovery": "lora"}}, 2, "unknown corpus 'pydok'"),
+        (
+            {
+                "trial": {
+                    "calibration": {"corpus": "pydoc"},
+                    "importance": {"type": "two_corpora", "corpus": "pydok"},
+                    "recovery": "lora",
+                }
+            },
+            2,
+            "trial.importance.corpus: unknown corpus 'pydok'",
+        ),
         ({"model": {"name": "./nowhere"}}, 3, "model.name: "),
         ({"objective": {"search": ["cloze/pydoc"], "items": 90_000}}, 3, "objective.search: "),
         ({"space": {"recovery.rnk": {"int": [2, 4]}}}, 2, "space.recovery.rnk"),

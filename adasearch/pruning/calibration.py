@@ -3,7 +3,8 @@
 The model is shared by the trials of a worker, so every hook, gradient and flag set here is undone, whatever happens.
 
 What it costs, over one plain pass of the same tokens through the same model (forward with logits; forward and backward
-with the gradients of all weights), is measured by ``benchmarks/statistics.py``; the promise is 1.2 times.
+with the gradients of all weights), is measured by ``benchmarks/statistics.py``; the promise is 1.2 times. It does not
+hold for ``spsa_sum``, which sends each sequence through the model twice with as many products again (see `probes`).
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from adasearch.errors import DataError, TrialError
-from adasearch.pruning import products, statistics
-from adasearch.pruning.statistics import ACCUMULATORS, FAMILIES, SUMS, GradientSum, SquareSum, Statistics
+from adasearch.pruning import accumulators, probes, products, statistics
+from adasearch.pruning.accumulators import GradientSum, SpsaSum, SquareSum
+from adasearch.pruning.statistics import ACCUMULATORS, FAMILIES, SUMS, Statistics
 from adasearch.pruning.structure import ModelStructure, Slice
 
 # A batch this large keeps two cores busy; a larger one falls out of their caches and holds more activations.
@@ -93,7 +95,17 @@ def accumulate(
         stack.enter_context(_reading(model))
         if backward:
             stack.enter_context(_short_attention(model, tokens.shape[1]))
-        return observe(model, structure, families, run, tokens.numel())
+        found = observe(model, structure, families, run, tokens.numel())
+        if "spsa_sum" not in families:
+            return found
+        # In passes of its own: they are not those of the model as it is.
+        members = _members(structure, dict(model.named_parameters()))
+        estimates = probes.estimates(model, members, tokens.to(device), _logit_rows(model))
+    tensors: dict[str, Tensor] = {}
+    for name, total in estimates.items():
+        tensors |= statistics.tensors_of("spsa_sum", name, SpsaSum(count=0, total=total))
+    _check_finite(tensors)
+    return Statistics(tokens=found.tokens, tensors={**found.tensors, **tensors})
 
 
 def batches(tokens: Tensor, token_budget: int | None = None) -> tuple[Tensor, ...]:
@@ -127,7 +139,7 @@ def observe(
             wanted = {f for f in families if ACCUMULATORS[f].source == source}
             if wanted:
                 stack.enter_context(watch(model, structure, wanted, held))
-        if families:
+        if any(ACCUMULATORS[f].source in _WATCHES for f in families):
             run()
     tensors: dict[str, Tensor] = {}
     for family, place in list(held):
@@ -147,7 +159,7 @@ def read(
             total = merged.value("gradient_sum", name).total
             squares = merged.value("square_sum", name).squares if "fisher" in derived else None
             weight = weights[name].detach().to(total.device)
-            for key, row in statistics.gradient_rows(total, squares, weight, member.dim, sequences).items():
+            for key, row in accumulators.gradient_rows(total, squares, weight, member.dim, sequences).items():
                 family, _, kind = key.partition("/")
                 if family in derived:
                     tensors[f"{family}/{name}/{kind}"] = row
@@ -361,6 +373,13 @@ _WATCHES: dict[str, Callable[..., _Watch]] = {
 }
 
 
+def _logit_rows(model: nn.Module) -> int:
+    """Return the number of tokens at a time whose logits there is room for."""
+    head: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
+    room = _CPU_LOGITS if head.weight.device.type == "cpu" else _DEVICE_LOGITS
+    return max(1, room // (4 * head.out_features))
+
+
 def _backward(model: nn.Module, batch: Tensor) -> None:
     """Run the sum over the sequences of `batch` (B × T) of their mean next-token cross-entropy backward.
 
@@ -368,8 +387,7 @@ def _backward(model: nn.Module, batch: Tensor) -> None:
     the softmax and t the one-hot target of a token, the gradient on its logits is p - t; the loss itself is not needed.
     """
     head: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
-    room = _CPU_LOGITS if batch.device.type == "cpu" else _DEVICE_LOGITS
-    rows = max(1, room // (4 * head.out_features))
+    rows = _logit_rows(model)
     with torch.enable_grad():
         hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state  # type: ignore[operator]
         states = hidden[:, :-1].flatten(0, 1)

@@ -206,8 +206,9 @@ def sizes(shape: ModelShape, structure: ModelStructure, outline: Outline) -> dic
     prefixes = tuple(f"{path}." for path in outline.gone)
     kept: dict[str, dict[int, int]] = {}
     for pieces, stays in ((structure.stream, outline.hidden), (structure.tokens, outline.tokens)):
-        for piece in pieces if stays is not None else ():
-            kept.setdefault(piece.parameter, {})[piece.dim] = len(stays)
+        if stays is not None:
+            for piece in pieces:
+                kept.setdefault(piece.parameter, {})[piece.dim] = len(stays)
     return {
         name: tuple(kept.get(name, {}).get(dim, size) for dim, size in enumerate(dims))
         for name, dims in shape.shapes.items()

@@ -124,8 +124,31 @@ class Space:
         filled = merged(_default_types(), base)
         dimensions = tuple(_read(path, spec) for path, spec in config.dimensions.items())
         space = Space(config.name, dimensions, filled, seed)
-        _check(space, dimensions)
+        for _ in space.corners():  # decoded to be checked
+            pass
         return space
+
+    def corners(self) -> Iterator[tuple[str, TrialConfig]]:
+        """Yield trials that between them hold every choice, and both ends of every number, with the dimension's path.
+
+        Raises:
+            ConfigError: a dimension is never active, or one of its values is refused.
+        """
+        middle = {name: parameter.from_unit(0.5) for name, parameter in self.parameters.items()}
+        for dimension in self._dimensions:
+            where = join("space", dimension.path)
+            if dimension.is_component:
+                _check_component(dimension, where)
+            seats = [params for params in _seats(self, dimension, middle) if dimension.active(self._types(params))]
+            if not seats:
+                raise ConfigError(where, _never_active(self, dimension, middle))
+            for params in seats:
+                for corner in _corners(dimension):
+                    try:
+                        found = self.decode({**params, **corner})
+                    except ConfigError as error:
+                        raise ConfigError(where, f"{error.problem} ({error.where})") from None
+                    yield dimension.path, found
 
     def mapping(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return the trial mapping at a point, unchecked."""
@@ -320,24 +343,6 @@ def _resolved(path: str, where: str) -> tuple[str, str | None, tuple[str, ...]]:
             raise ConfigError(where, f"unknown setting {rest[1]!r} of {rest[0]}; {nearest(rest[1], known)}")
         return section, rest[0], tuple(rest[1:])
     return section, None, tuple(rest)
-
-
-def _check(space: Space, dimensions: tuple[Dimension, ...]) -> None:
-    """Decode the corners of every dimension, under every type of component that makes it active."""
-    middle = {name: parameter.from_unit(0.5) for name, parameter in space.parameters.items()}
-    for dimension in sorted(dimensions, key=lambda d: not d.is_component):
-        where = join("space", dimension.path)
-        if dimension.is_component:
-            _check_component(dimension, where)
-        seats = [params for params in _seats(space, dimension, middle) if dimension.active(space._types(params))]
-        if not seats:
-            raise ConfigError(where, _never_active(space, dimension, middle))
-        for params in seats:
-            for corner in _corners(dimension):
-                try:
-                    space.decode({**params, **corner})
-                except ConfigError as error:
-                    raise ConfigError(where, f"{error.problem} ({error.where})") from None
 
 
 def _check_component(dimension: Dimension, where: str) -> None:

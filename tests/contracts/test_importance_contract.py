@@ -5,23 +5,32 @@ import dataclasses
 import pytest
 import torch
 
+from adasearch import checks
 from adasearch.config import Component
 from adasearch.pruning import importance, products
-from adasearch.pruning.statistics import FAMILIES, Statistics
+from adasearch.pruning.statistics import FAMILIES, Statistics, by_corpus
 from adasearch.registry import IMPORTANCE
 from tests.pruning.sample import sample
 
 
 def _permuted(case, group, order):
     """Weights and statistics of the model whose units of one group stand in another order."""
-    weights, tensors = dict(case.weights), dict(case.statistics.tensors)
+    weights = dict(case.weights)
+    for part in group.slices:
+        at = (order[:, None] * part.block + torch.arange(part.block)).flatten()
+        weights[part.parameter] = weights[part.parameter].index_select(part.dim, at)
+    others = {corpus: _reordered(item, group, order) for corpus, item in case.statistics.others.items()}
+    return weights, dataclasses.replace(_reordered(case.statistics, group, order), others=others)
+
+
+def _reordered(statistics, group, order):
+    tensors = dict(statistics.tensors)
 
     def index(block):
         return (order[:, None] * block + torch.arange(block)).flatten()
 
     for part in group.slices:
         at = index(part.block)
-        weights[part.parameter] = weights[part.parameter].index_select(part.dim, at)
         for key in [k for k in tensors if f"/{part.parameter}/" in k]:
             tensors[key] = tensors[key][at]
     at = index(group.output_block)
@@ -32,7 +41,13 @@ def _permuted(case, group, order):
             tensors[key] = torch.cat(blocks)
         else:
             tensors[key] = tensors[key][at]
-    return weights, Statistics(tokens=case.statistics.tokens, tensors=tensors)
+    return Statistics(tokens=statistics.tokens, tensors=tensors)
+
+
+def _part(found, families):
+    return Statistics(
+        tokens=found.tokens, tensors={k: t for k, t in found.tensors.items() if k.split("/")[0] in families}
+    )
 
 
 @pytest.mark.parametrize("name", IMPORTANCE.names())
@@ -54,7 +69,13 @@ class TestImportanceContract:
         assert entry.function.__doc__
 
     def test_needs_are_known_families(self, name):
-        assert importance.needs(self._component(name)) <= FAMILIES
+        parts = by_corpus(importance.needs(self._component(name)))
+        assert all(families <= FAMILIES for families in parts.values())
+
+    def test_a_setting_named_corpus_says_which_others_it_looks_at(self, name):
+        component = self._component(name)
+        named = {corpus for corpus, _ in checks._settings_of(component, "")}
+        assert set(by_corpus(importance.needs(component))) == {"", *named}
 
     @pytest.mark.parametrize("unit", ["kv_group", "head"])
     def test_gives_one_finite_float32_score_per_unit(self, name, unit):
@@ -68,9 +89,10 @@ class TestImportanceContract:
 
     def test_reads_no_more_than_it_needs(self, name):
         case = sample()
-        needed = importance.needs(self._component(name))
-        part = {k: t for k, t in case.statistics.tensors.items() if k.split("/")[0] in needed}
-        few = self._score(case, name, statistics=Statistics(tokens=case.statistics.tokens, tensors=part))
+        needed = by_corpus(importance.needs(self._component(name)))
+        own = _part(case.statistics, needed.pop(""))
+        others = {corpus: _part(case.statistics.others[corpus], families) for corpus, families in needed.items()}
+        few = self._score(case, name, statistics=dataclasses.replace(own, others=others))
         for group, scores in self._score(case, name).items():
             assert torch.equal(scores, few[group])
 

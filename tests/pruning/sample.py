@@ -1,5 +1,6 @@
 """A tiny model with its structure, tokens and recorded activations: what the tests of scores and compensation share."""
 
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -29,7 +30,9 @@ def sample(attention="kv_group", dtype=torch.float64, family="llama", **changes)
     weights = tiny_weights(config, dtype)
     dense = make_plan(structure, units, {}, {})
     model = surgery.cut(config, weights, structure, dense)
-    statistics = calibration.collect(model, structure, tokens(), NEEDS)
+    own, other = (calibration.collect(model, structure, tokens(seed=seed), NEEDS) for seed in (0, 1))
+    # As if the second sample were of the corpus that `two_corpora` looks at by default.
+    statistics = dataclasses.replace(own, others={"stdlib": other})
     return SimpleNamespace(
         config=config,
         structure=structure,

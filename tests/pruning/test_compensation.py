@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from adasearch.errors import TrialError
 from adasearch.pruning import compensation, surgery
+from adasearch.pruning.accumulators import damped
 from adasearch.pruning.compensation.affine_out import scales
 from adasearch.pruning.compensation.least_squares import solve
-from adasearch.pruning.statistics import Statistics, damped
+from adasearch.pruning.statistics import Statistics
 from tests.pruning.sample import activations, component, sample
 from tests.tiny import random_plan
 

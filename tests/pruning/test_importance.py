@@ -10,9 +10,9 @@ from adasearch.config import UnitsConfig
 from adasearch.config import component as parsed
 from adasearch.errors import ConfigError, TrialError
 from adasearch.pruning import architectures, importance, surgery
+from adasearch.pruning.accumulators import damped
 from adasearch.pruning.importance import GroupView
 from adasearch.pruning.plan import make_plan
-from adasearch.pruning.statistics import damped
 from adasearch.registry import IMPORTANCE
 from tests.pruning.sample import activations, component, sample, sequence_gradients
 

@@ -7,18 +7,17 @@ from hypothesis import strategies as st
 
 from adasearch.errors import DataError
 from adasearch.pruning import statistics
-from adasearch.pruning.statistics import (
+from adasearch.pruning.accumulators import (
     Cosine,
     Covariance,
     GradientSum,
     Moments,
     SquareSum,
-    Statistics,
     Votes,
     damped,
     gradient_rows,
-    merge,
 )
+from adasearch.pruning.statistics import Statistics, merge
 
 CUTS = st.tuples(st.integers(1, 20), st.integers(21, 40), st.integers(0, 2**31))
 

@@ -44,7 +44,7 @@ class Made:
         filled["m2"] = torch.zeros(self.size, dtype=torch.float64)
         parts = {"gradient_sum": ["total"], "square_sum": ["squares"], "moments": ["mean", "m2"]}
         parts |= {"covariance": ["mean", "gram"], "cosine": ["mean"], "inputs": ["mean", "m2"]}
-        parts |= {"votes": ["token", "sequence"], "boundaries": ["cosine", "angle"]}
+        parts |= {"votes": ["token", "sequence"], "boundaries": ["cosine", "angle"], "spsa_sum": ["total"]}
         tensors = {f"{family}/m/{name}": filled[name].clone() for family in families for name in parts[family]}
         return Statistics(tokens=9 * count, tensors=tensors)
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from adasearch.documents import Positive, value
 from adasearch.errors import TrialError
+from adasearch.pruning.accumulators import damped
 from adasearch.pruning.compensation import CompensationContext
-from adasearch.pruning.statistics import damped
 from adasearch.registry import COMPENSATION
 
 

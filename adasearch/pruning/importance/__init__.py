@@ -1,8 +1,9 @@
 """Importance criteria: one file each.
 
 An entry is ``score(view: GroupView, options) -> Tensor`` of U float32 or float64 scores, higher = keep. Its fact
-`needs` is a function ``options -> frozenset[str]``: the families of `Statistics` that the score reads. A criterion
-sees one group at a time, whatever kind of layer it comes from.
+`needs` is a function ``options -> frozenset[str]``: the families of `Statistics` that the score reads, as
+``family@corpus`` where they are those of another corpus, which an option called ``corpus`` must name: so it is checked
+before any work. A criterion sees one group at a time, whatever kind of layer it comes from.
 
 Shape letters: U units of a group, B input features of the output projection per unit, D output features of it,
 K elements of one unit in one matrix.
@@ -10,6 +11,7 @@ K elements of one unit in one matrix.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -22,11 +24,17 @@ from adasearch.config import Component
 from adasearch.config import component as parsed
 from adasearch.documents import fingerprint
 from adasearch.errors import ConfigError, TrialError
-from adasearch.pruning.statistics import Covariance, Moments, Statistics, Votes
+from adasearch.pruning.accumulators import Covariance, Moments, Votes
+from adasearch.pruning.statistics import Statistics
 from adasearch.pruning.structure import Group, ModelStructure, Slice
 from adasearch.registry import IMPORTANCE
 
 Probe = Literal["all", "output"]
+Gradient = Literal["mean", "rms", "spsa"]
+"""Size of a gradient over sequences: absolute value of the ``mean``, root of the mean square (``rms``), or the first
+estimated from forward passes alone (``spsa``), which is mostly noise: see `probes`."""
+GRADIENTS: dict[Gradient, str] = {"mean": "gradient_sum", "rms": "square_sum", "spsa": "spsa_sum"}
+"""The family of statistics that holds each."""
 
 
 def _criterion(data: Any) -> Component:
@@ -58,6 +66,10 @@ class GroupView:
     statistics: Statistics | None
     seed: int
 
+    def of_corpus(self, corpus: str) -> GroupView:
+        """Return the view on the same group whose statistics are those of another corpus."""
+        return dataclasses.replace(self, statistics=self._known().of_corpus(corpus))
+
     def members(self, probe: Probe = "all") -> tuple[str, ...]:
         """Return the matrices that units own parts of, in the order of the slices: all, or the output's only."""
         output = f"{self.group.output}.weight"
@@ -77,13 +89,10 @@ class GroupView:
         """Return the columns of the output projection by unit (U × B × D, float32)."""
         return self.rows_of(f"{self.group.output}.weight")
 
-    def gradients(self, parameter: str, over: Literal["mean", "rms"]) -> Tensor:
-        """Return the size of the gradients of the weights in `rows_of`, up to a factor that all units share.
-
-        That is the absolute value of their mean over sequences, or the root of their mean square.
-        """
-        if over == "mean":
-            return self._rows(parameter, self._known().value("gradient_sum", parameter).total).abs()
+    def gradients(self, parameter: str, over: Gradient) -> Tensor:
+        """Return the size of the gradients of the weights in `rows_of`, up to a factor that all units share."""
+        if over != "rms":
+            return self._rows(parameter, self._known().value(GRADIENTS[over], parameter).total).abs()
         return self._rows(parameter, self._known().value("square_sum", parameter).squares).sqrt()
 
     def norms(self, parameter: str) -> Tensor:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from adasearch.documents import Positive, value
 from adasearch.errors import TrialError
+from adasearch.pruning.accumulators import damped
 from adasearch.pruning.importance import GroupView
-from adasearch.pruning.statistics import damped
 from adasearch.registry import IMPORTANCE
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adasearch.documents import NonNegative, value
-from adasearch.pruning.importance import GroupView, Probe
+from adasearch.pruning.importance import GRADIENTS, Gradient, GroupView, Probe
 from adasearch.pruning.reduction import Across, Inside, across, inside
 from adasearch.registry import IMPORTANCE
 
@@ -21,7 +21,8 @@ class ProductOptions:
         alpha: exponent of the weight's absolute value.
         beta: exponent of the norm of the activation that the weight is multiplied with.
         gamma: exponent of the gradient's size.
-        gradient: that size over sequences: absolute value of the ``mean``, or root of the mean square, ``rms``.
+        gradient: that size over sequences: absolute value of the ``mean``, root of the mean square (``rms``), or the
+            first estimated from forward passes alone (``spsa``).
         scale: of the gradients of each matrix before the power: ``minmax`` to [0, 1], or ``none``.
         inside: how the elements of a unit in one matrix become one number.
         across: how the numbers of its matrices become one.
@@ -31,7 +32,7 @@ class ProductOptions:
     alpha: NonNegative = 1.0
     beta: NonNegative = 1.0
     gamma: NonNegative = 0.0
-    gradient: Literal["mean", "rms"] = "mean"
+    gradient: Gradient = "mean"
     scale: Literal["none", "minmax"] = "none"
     inside: Inside = "sum"
     across: Across = "sum"
@@ -43,7 +44,7 @@ def _needs(options: ProductOptions) -> frozenset[str]:
     if options.beta:
         found |= {"moments"} if options.probe == "output" else {"moments", "inputs"}
     if options.gamma:
-        found.add("gradient_sum" if options.gradient == "mean" else "square_sum")
+        found.add(GRADIENTS[options.gradient])
     return frozenset(found)
 
 
