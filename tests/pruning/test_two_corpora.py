@@ -7,7 +7,8 @@ import torch
 
 from adasearch import data
 from adasearch.checks import corpora
-from adasearch.config import REPOSITORY, CalibrationConfig, TrialConfig, UnitsConfig, load_recipe, study_from_dict
+from adasearch.config import CalibrationConfig, TrialConfig, UnitsConfig, study_from_dict
+from adasearch.library import REPOSITORY, load_recipe
 from adasearch.pruning import calibration, importance
 from adasearch.pruning.statistics import by_corpus
 from adasearch.trial import needs_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -104,21 +104,30 @@ def decide(context: ScheduleContext, options: IterativeOptions) -> Decision:
         ConfigError: no widths meet the budget.
         TrialError: a score or a statistic is not finite (kind ``nan``).
     """
+    return Decision(plan=in_steps(context, options.steps, lambda fresh, _: fresh))
+
+
+Refine = Callable[[dict[str, Tensor], dict[str, Tensor]], dict[str, Tensor]]
+"""Gives scores by group from those of the criterion, and from which units (U, bool) are still there."""
+
+
+def in_steps(context: ScheduleContext, steps: int, refine: Refine) -> PruningPlan:
+    """Return the plan of `steps` steps, whose scores go through `refine`; errors as in `decide`."""
     structure, trial = context.structure, context.trial
     plan: PruningPlan | None = None
     scores: dict[str, Tensor] = {}
     claimed = dict.fromkeys(structure.dense_widths(), 0.0)
-    for step in range(1, options.steps + 1):
+    for step in range(1, steps + 1):
         statistics, there = _measured(context, plan), _staying(context, plan)
-        fresh = context.scores(statistics)
+        fresh = refine(context.scores(statistics), there)
         scores = {name: new.where(there[name], scores.get(name, new)) for name, new in fresh.items()}
-        gains = _claims(context, scores, statistics, step, options.steps)
+        gains = _claims(context, scores, statistics, step, steps)
         claimed = {name: claimed[name] + max(0.0, gain) for name, gain in gains.items()}
         before = plan.widths(structure) if plan else structure.dense_widths()
-        last = step == options.steps
-        widths = _widths(context, claimed, before, step / options.steps)
+        last = step == steps
+        widths = _widths(context, claimed, before, step / steps)
         lowest = torch.finfo(torch.float32).min
         standing = {name: old.masked_fill(~there[name], lowest) for name, old in scores.items()}
         plan = make_plan(structure, trial.units, standing, widths, context.biases if last else ())
     assert plan is not None
-    return Decision(plan=plan)
+    return plan
