@@ -191,6 +191,7 @@ class UnitsConfig:
 COMPONENTS: dict[str, Registry] = {
     "importance": registry.IMPORTANCE,
     "allocation": registry.ALLOCATION,
+    "selection": registry.SELECTION,
     "compensation": registry.COMPENSATION,
     "recovery": registry.RECOVERY,
 }
@@ -204,6 +205,7 @@ class TrialConfig:
     units: UnitsConfig
     importance: Component
     allocation: Component
+    selection: Component
     compensation: Component
     recovery: Component
     seed: int = 0
@@ -219,9 +221,9 @@ class TrialConfig:
         for key in data:
             if key not in sections:
                 raise ConfigError(join(where, key), f"unknown key {key!r}; {nearest(str(key), sections)}")
-        defaults = {"importance": "wanda_sp", "allocation": "uniform", "compensation": "none", "recovery": "none"}
+        defaults = {"importance": "wanda_sp", "allocation": "uniform", "selection": "top"}
         parts = {
-            name: component(known, data.get(name, defaults[name]), join(where, name))
+            name: component(known, data.get(name, defaults.get(name, "none")), join(where, name))
             for name, known in COMPONENTS.items()
         }
         return TrialConfig(

@@ -90,6 +90,7 @@ class Registry:
 ARCHITECTURES = Registry("adasearch.pruning.architectures", "model family")
 IMPORTANCE = Registry("adasearch.pruning.importance", "importance criterion")
 ALLOCATION = Registry("adasearch.pruning.allocation", "allocation")
+SELECTION = Registry("adasearch.pruning.selection", "unit selection")
 COMPENSATION = Registry("adasearch.pruning.compensation", "compensation")
 RECOVERY = Registry("adasearch.tuning.recovery", "recovery")
 EXPORT = Registry("adasearch.tuning.export", "export format")

@@ -218,7 +218,7 @@ def _brief(record: Record) -> str:
     config = record.config or {}
     parts = [
         str(config[key].get("type", ""))
-        for key in ("importance", "allocation", "compensation", "recovery")
+        for key in ("importance", "allocation", "selection", "compensation", "recovery")
         if key in config
     ]
     corpus = config.get("calibration", {}).get("corpus", "")

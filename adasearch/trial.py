@@ -1,6 +1,6 @@
 """One trial: configuration -> smaller model -> score. The pipeline on one screen.
 
-describe -> calibrate -> score -> allocate -> plan -> cut + compensate -> measure -> recover -> evaluate
+describe -> calibrate -> score -> allocate -> select -> cut + compensate -> measure -> recover -> evaluate
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from adasearch import environment, models, racing, registry
 from adasearch.config import Component, TaskScore, TrialConfig, TrialResult
 from adasearch.errors import ConfigError, TrialError
-from adasearch.pruning import allocation, compensation, importance, surgery
+from adasearch.pruning import allocation, compensation, importance, selection, surgery
 from adasearch.pruning.allocation import AllocationContext
 from adasearch.pruning.plan import PruningPlan, make_plan
 from adasearch.pruning.projection import project
@@ -98,13 +98,13 @@ class Evaluated:
 def needs_of(config: TrialConfig) -> frozenset[str]:
     """Return the families of statistics that the steps of a trial read."""
     scored = importance.needs(config.importance) | allocation.needs(config.allocation)
-    return scored | compensation.needs(config.compensation)
+    return scored | selection.needs(config.selection) | compensation.needs(config.compensation)
 
 
 def decide(
     config: TrialConfig, bench: Workbench, structure: ModelStructure, statistics: Statistics | None
 ) -> PruningPlan:
-    """Return which units stay: scores, then widths on the budget, then the best units of each group."""
+    """Return which units stay: scores, then widths on the budget, then units of each group."""
     budget = bench.study.budget
     scores = importance.score_all(structure, bench.base.weights, statistics, config.importance, config.seed)
     biases = compensation.bias_modules(config.compensation, structure)
@@ -121,7 +121,8 @@ def decide(
     except ConfigError as error:
         # One shape of ratios that cannot reach the budget is no reason to end a search.
         raise TrialError("config", str(error), "plan") from error
-    return make_plan(structure, config.units, scores, widths, biases)
+    choose = selection.chooser(config.selection, bench.base.weights, statistics, config.seed)
+    return make_plan(structure, config.units, scores, widths, biases, choose)
 
 
 def prune(config: TrialConfig, bench: Workbench, clock: Clock) -> Pruned:

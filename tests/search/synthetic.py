@@ -72,6 +72,7 @@ class FakeRegistry(Registry):
 FAKES = {
     "importance": FakeRegistry("importance criterion", wanda_sp=NoOptions, taylor=TaylorOptions, obs=NoOptions),
     "allocation": FakeRegistry("allocation", uniform=NoOptions, layer_profile=ProfileOptions),
+    "selection": FakeRegistry("unit selection", top=NoOptions),
     "compensation": FakeRegistry("compensation", none=NoOptions, bias=NoOptions),
     "recovery": FakeRegistry("recovery", none=NoOptions, lora=LoraOptions),
 }
