@@ -198,6 +198,7 @@ COMPONENTS: dict[str, Registry] = {
     "depth": registry.DEPTH,
     "importance": registry.IMPORTANCE,
     "allocation": registry.ALLOCATION,
+    "selection": registry.SELECTION,
     "compensation": registry.COMPENSATION,
     "schedule": registry.SCHEDULE,
     "recovery": registry.RECOVERY,
@@ -215,6 +216,7 @@ class TrialConfig:
     depth: Component
     importance: Component
     allocation: Component
+    selection: Component
     compensation: Component
     schedule: Component
     recovery: Component
@@ -231,7 +233,7 @@ class TrialConfig:
         for key in data:
             if key not in sections:
                 raise ConfigError(join(where, key), f"unknown key {key!r}; {nearest(str(key), sections)}")
-        defaults = {"importance": "wanda_sp", "allocation": "uniform", "schedule": "one_shot"}
+        defaults = {"importance": "wanda_sp", "allocation": "uniform", "selection": "top", "schedule": "one_shot"}
         parts = {
             name: component(known, data.get(name, defaults.get(name, "none")), join(where, name))
             for name, known in COMPONENTS.items()

@@ -88,12 +88,12 @@ class Registry:
 
 
 ARCHITECTURES = Registry("adasearch.pruning.architectures", "model family")
-DEPTH = Registry("adasearch.pruning.depth", "depth rule")
 IMPORTANCE = Registry("adasearch.pruning.importance", "importance criterion")
 ALLOCATION = Registry("adasearch.pruning.allocation", "allocation")
 DEPTH = Registry("adasearch.pruning.depth", "depth rule")
 HIDDEN = Registry("adasearch.pruning.hidden", "rule for hidden dimensions")
 TOKENS = Registry("adasearch.pruning.tokens", "vocabulary rule")
+SELECTION = Registry("adasearch.pruning.selection", "unit selection")
 COMPENSATION = Registry("adasearch.pruning.compensation", "compensation")
 SCHEDULE = Registry("adasearch.pruning.schedule", "pruning schedule")
 RECOVERY = Registry("adasearch.tuning.recovery", "recovery")

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from adasearch import pictures
-from adasearch.config import TaskScore, TrialResult
+from adasearch.config import COMPONENTS, TaskScore, TrialResult
 from adasearch.records import FinalRecord, Record
 from adasearch.report import Difference, Findings, dense_parameters_of, kept_widths, mean_score, ranked, state_of
 from adasearch.report_parts import (
@@ -216,11 +216,7 @@ def _history(f: Findings) -> str:
 def _brief(record: Record) -> str:
     """Return the parts of a configuration in one line."""
     config = record.config or {}
-    parts = [
-        str(config[key].get("type", ""))
-        for key in ("importance", "allocation", "compensation", "schedule", "recovery")
-        if key in config
-    ]
+    parts = [str(config[key].get("type", "")) for key in COMPONENTS if key in config]
     corpus = config.get("calibration", {}).get("corpus", "")
     return escape(" · ".join([*parts, *([f"calibrated on {corpus}"] if corpus else [])]))
 

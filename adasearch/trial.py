@@ -1,6 +1,6 @@
 """One trial: configuration -> smaller model -> score. The pipeline on one screen.
 
-outline -> calibrate -> score -> allocate -> plan -> cut + compensate -> measure -> recover -> evaluate
+outline -> calibrate -> score -> allocate -> select -> cut + compensate -> measure -> recover -> evaluate
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,18 +80,25 @@ class PruningPlan:
             raise ModelError(str(error)) from error
 
 
-def _best(group: Group, scores: Tensor, width: int) -> tuple[int, ...]:
+Choose = Callable[[Group, "Tensor", int], tuple[int, ...]]
+"""From a group, its scores (U) and a width to the units that stay, ascending, `width` of each partition."""
+
+
+def highest(group: Group, scores: Tensor, width: int) -> tuple[int, ...]:
     """Return the `width` units of each partition with the highest scores; of equal ones the first stay."""
+    order = (
+        scores.reshape(group.partitions, group.width).argsort(dim=1, descending=True, stable=True)[:, :width].tolist()
+    )
+    return tuple(sorted(part * group.width + unit for part, kept in enumerate(order) for unit in kept))
+
+
+def _check_scores(group: Group, scores: Tensor) -> None:
     if tuple(scores.shape) != (group.units,):
         raise ModelError(f"{group.name}: scores must be one per unit, {group.units}, given shape {tuple(scores.shape)}")
     if not bool(scores.isfinite().all()):
         raise TrialError(
             "nan", f"{group.name}: scores must be finite, {int((~scores.isfinite()).sum())} are not", "plan"
         )
-    order = (
-        scores.reshape(group.partitions, group.width).argsort(dim=1, descending=True, stable=True)[:, :width].tolist()
-    )
-    return tuple(sorted(part * group.width + unit for part, kept in enumerate(order) for unit in kept))
 
 
 def make_plan(
@@ -100,8 +107,9 @@ def make_plan(
     scores: Mapping[str, Tensor],
     widths: Mapping[str, int],
     biases: Iterable[str] = (),
+    choose: Choose = highest,
 ) -> PruningPlan:
-    """Return the plan that keeps the best units of every group.
+    """Return the plan that keeps as many units of every group as its width says.
 
     Args:
         structure: what can be cut.
@@ -109,6 +117,7 @@ def make_plan(
         scores: one number per unit (`U`-vector) by group name, higher stays; needed for the groups that are cut.
         widths: units kept per partition by group name; groups left out stay dense.
         biases: output projections (module names) that compensation gives a bias; those that have one are ignored.
+        choose: says which units of a group that is cut stay, such as `selection.chooser`; those of the highest scores.
 
     Raises:
         TrialError: a score is not finite.
@@ -119,8 +128,10 @@ def make_plan(
         width = widths.get(group.name, group.width)
         if not 1 <= width <= group.width:
             raise ModelError(f"{group.name}: width must be from 1 to {group.width}, given {width}")
-        dense = width == group.width
-        keep[group.name] = tuple(range(group.units)) if dense else _best(group, scores[group.name], width)
+        keep[group.name] = tuple(range(group.units))
+        if width < group.width:
+            _check_scores(group, scores[group.name])
+            keep[group.name] = choose(group, scores[group.name], width)
     added = structure.added(biases)
     return PruningPlan(
         family=structure.family,

@@ -29,7 +29,7 @@ class TestScheduleContract:
         assert dataclasses.is_dataclass(entry.options())
         assert hash(entry.options()) == hash(entry.options())
         assert entry.function.__doc__
-        assert {"compensates", "sources"} == set(entry.facts)
+        assert {"compensates", "selects", "sources"} == set(entry.facts)
 
     @pytest.mark.parametrize("remove", [0.05, 0.2, 0.35])
     @pytest.mark.parametrize("compensation", ["none", "bias", "least_squares", "affine_out"])

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from adasearch.config import REPOSITORY, BudgetConfig, TrialConfig, load_recipe
+from adasearch.config import BudgetConfig, TrialConfig
 from adasearch.documents import read_yaml
-from adasearch.pruning import calibration, compensation, importance, surgery
+from adasearch.library import REPOSITORY, load_recipe
+from adasearch.pruning import calibration, compensation, importance, schedule, surgery
 from adasearch.pruning.plan import make_plan
-from adasearch.trial import decide, needs_of
 from tests.pruning.sample import activations, sequence_gradients, tokens
 from tests.tiny import tiny_config, tiny_structure, tiny_weights
 
@@ -49,12 +49,20 @@ def _case(seed=0):
 def _decision(name, need, seed=0, case=None):
     """Scores and plan of a recipe, by the steps of a trial, where `need` parameters must go."""
     case, config = case or _case(), _config(name, seed)
-    needs = needs_of(config)
+    needs = schedule.needs(config)
     statistics = calibration.collect(case.model, case.structure, tokens(), needs) if needs else None
     scores = importance.score_all(case.structure, case.weights, statistics, config.importance, config.seed)
-    study = SimpleNamespace(budget=BudgetConfig(remove=round((need - 0.5) / PARAMETERS, 9)))
-    bench = SimpleNamespace(study=study, base=SimpleNamespace(weights=case.weights))
-    plan = decide(config, bench, case.structure, statistics)
+    context = schedule.ScheduleContext(
+        config=case.config,
+        weights=case.weights,
+        structure=case.structure,
+        statistics=statistics,
+        tokens=tokens,
+        trial=config,
+        budget=BudgetConfig(remove=round((need - 0.5) / PARAMETERS, 9)),
+        device=torch.device("cpu"),
+    )
+    plan = schedule.decide(context).plan
     return SimpleNamespace(config=config, statistics=statistics, scores=scores, plan=plan)
 
 

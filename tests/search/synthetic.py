@@ -73,6 +73,7 @@ FAKES = {
     "depth": FakeRegistry("depth rule", none=NoOptions),
     "importance": FakeRegistry("importance criterion", wanda_sp=NoOptions, taylor=TaylorOptions, obs=NoOptions),
     "allocation": FakeRegistry("allocation", uniform=NoOptions, layer_profile=ProfileOptions),
+    "selection": FakeRegistry("unit selection", top=NoOptions),
     "compensation": FakeRegistry("compensation", none=NoOptions, bias=NoOptions),
     "schedule": FakeRegistry("pruning schedule", one_shot=NoOptions),
     "recovery": FakeRegistry("recovery", none=NoOptions, lora=LoraOptions),

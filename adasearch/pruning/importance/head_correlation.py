@@ -12,6 +12,19 @@ _ROUNDING = 1e-12
 """Share of an output's variance below which what is left of it counts as nothing: correlations with it are 0."""
 
 
+def correlations(whole: Tensor, with_output: Tensor, removed: Tensor) -> Tensor:
+    """Return |corr(y, y - c)| over tokens, for parts c that are left out of an output y; 0 where nothing is left.
+
+    Args:
+        whole: Var(y), by output feature (D).
+        with_output: Cov(y, c) (U × D).
+        removed: Var(c) (U × D).
+    """
+    rest = torch.maximum(whole - 2 * with_output + removed, _ROUNDING * whole)
+    norm = (whole * rest).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+    return ((whole - with_output) / norm).abs().clamp_max(1)
+
+
 @IMPORTANCE.register(needs=lambda _: frozenset({"covariance"}))
 def score(view: GroupView, options: NoOptions) -> Tensor:  # noqa: ARG001 - the signature of the set
     """Return sum_i (1 - |corr(y_i, y_i - c_i)|) with y the output and c the part of it that a unit makes (U).
@@ -26,7 +39,4 @@ def score(view: GroupView, options: NoOptions) -> Tensor:  # noqa: ARG001 - the 
     with_output = (columns * spread).sum(1)
     blocks = covariance.view(units, block, units, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     own = (columns * (blocks @ columns)).sum(1)
-    whole = with_output.sum(0)
-    rest = torch.maximum(whole - 2 * with_output + own, _ROUNDING * whole)
-    norm = (whole * rest).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-    return (1 - ((whole - with_output) / norm).abs().clamp_max(1)).sum(1)
+    return (1 - correlations(with_output.sum(0), with_output, own)).sum(1)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from adasearch.documents import Positive, value
-from adasearch.errors import TrialError
-from adasearch.pruning.accumulators import damped
 from adasearch.pruning.importance import GroupView
+from adasearch.pruning.output_error import block_errors, diagonal_blocks, inverse_second_moment
 from adasearch.registry import IMPORTANCE
 
 
@@ -26,15 +24,5 @@ def score(view: GroupView, options: ObsOptions) -> Tensor:
     For a unit of one feature that is ||W_:,j||^2 / [H^-1]_jj. It is the increase of the mean squared error of the
     projection's output (plus the damping's penalty) under least squares compensation; SlimGPT (NeurIPS 2024), ZipLM.
     """
-    factor, failed = torch.linalg.cholesky_ex(damped(view.covariance().matrix(), options.damping))
-    if int(failed):
-        raise TrialError(
-            "nan", f"E[x x^T] of {view.group.output} must be positive definite: raise obs.damping", "score"
-        )
-    units, block = view.group.units, view.group.output_block
-    inverse = torch.cholesky_inverse(factor).view(units, block, units, block)
-    blocks = inverse.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    columns = view.output_weight().double()
-    # For one feature a batched solve would only be a slow division.
-    solved = columns / blocks if block == 1 else torch.linalg.solve(blocks, columns)
-    return (columns * solved).sum((1, 2))
+    inverse = inverse_second_moment(view, options.damping, "score")
+    return block_errors(view.output_weight().double(), diagonal_blocks(inverse, view.group.units))

@@ -2,8 +2,9 @@
 
 An entry is ``decide(context: ScheduleContext, options) -> Decision``: which units of the whole model stay, found in one
 go, layer by layer or in many small steps, and, where it compensates on its way, what the output projections become.
-Facts: `compensates`, whether it does; `sources`, where the statistics may come from that it takes on its way, None for
-all (`statistics.Source`). Whatever the schedule, the widths meet the budget and the base weights are only read.
+Facts: `compensates`, whether it does; `selects`, whether any selection may choose the units, or `top` alone; `sources`,
+where the statistics may come from that it takes on its way, None for all (`accumulators.Source`). Whatever the
+schedule, the widths meet the budget and the base weights are only read.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 
 from adasearch.config import BudgetConfig, TrialConfig
 from adasearch.errors import ConfigError
-from adasearch.pruning import allocation, compensation, importance
+from adasearch.pruning import allocation, compensation, importance, selection
 from adasearch.pruning.allocation import AllocationContext
-from adasearch.pruning.plan import PruningPlan
+from adasearch.pruning.plan import Choose, PruningPlan
 from adasearch.pruning.statistics import ACCUMULATORS, Statistics, merged_from
 from adasearch.pruning.structure import ModelStructure
 from adasearch.registry import SCHEDULE, Entry
@@ -88,6 +89,10 @@ class ScheduleContext:
             structure or self.structure, self.weights, statistics, self.trial.importance, self.trial.seed
         )
 
+    def choose(self, statistics: Statistics | None) -> Choose:
+        """Return how the units of a group are chosen at its width, given statistics."""
+        return selection.chooser(self.trial.selection, self.weights, statistics, self.trial.seed)
+
     def ratios(
         self, scores: Mapping[str, Tensor], statistics: Statistics | None, budget: BudgetConfig
     ) -> dict[str, float]:
@@ -113,7 +118,8 @@ def _entry(trial: TrialConfig) -> Entry:
 
 def scored_from(trial: TrialConfig) -> frozenset[str]:
     """Return the families of statistics that widths and units follow from."""
-    return importance.needs(trial.importance) | allocation.needs(trial.allocation)
+    scored = importance.needs(trial.importance) | allocation.needs(trial.allocation)
+    return scored | selection.needs(trial.selection)
 
 
 def needs(trial: TrialConfig) -> frozenset[str]:
@@ -129,11 +135,15 @@ def check(trial: TrialConfig, where: str = "schedule") -> None:
         ConfigError: it cannot, with the first of them and the name of the component that needs it.
     """
     entry = _entry(trial)
+    if trial.selection.type != "top" and not entry.facts["selects"]:
+        problem = f"{entry.name} must have selection top: another one would bring back units that are gone"
+        raise ConfigError(where, f"{problem}, given {trial.selection.type}; take one_shot or sequential")
     sources = entry.facts["sources"]
     if sources is None:
         return
     for component, found in (
         (trial.importance, importance.needs(trial.importance)),
+        (trial.selection, selection.needs(trial.selection)),
         (trial.compensation, compensation.needs(trial.compensation)),
     ):
         for need in sorted(found):

@@ -8,9 +8,9 @@ from adasearch.pruning.schedule import Decision, ScheduleContext
 from adasearch.registry import SCHEDULE, NoOptions
 
 
-@SCHEDULE.register(compensates=False, sources=None)
+@SCHEDULE.register(compensates=False, selects=True, sources=None)
 def decide(context: ScheduleContext, options: NoOptions) -> Decision:  # noqa: ARG001 - the set's signature
-    """Return scores, then widths on the budget, then the best units of each group.
+    """Return scores, then widths on the budget, then the units of each group.
 
     Raises:
         ConfigError: no widths meet the budget.
@@ -19,4 +19,5 @@ def decide(context: ScheduleContext, options: NoOptions) -> Decision:  # noqa: A
     scores = context.scores(context.statistics)
     ratios = context.ratios(scores, context.statistics, context.budget)
     widths = project(context.structure, ratios, context.budget, context.biases)
-    return Decision(plan=make_plan(context.structure, context.trial.units, scores, widths, context.biases))
+    choose = context.choose(context.statistics)
+    return Decision(plan=make_plan(context.structure, context.trial.units, scores, widths, context.biases, choose))

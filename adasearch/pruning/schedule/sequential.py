@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adasearch import models
-from adasearch.pruning import calibration, compensation, importance, surgery
+from adasearch.pruning import calibration, compensation, importance, selection, surgery
 from adasearch.pruning.plan import make_plan
 from adasearch.pruning.projection import project
 from adasearch.pruning.schedule import Decision, Output, ScheduleContext
@@ -109,14 +109,14 @@ def _output(model: nn.Module, name: str) -> Output:
     return module.weight.detach(), None if module.bias is None else module.bias.detach()  # type: ignore[operator]
 
 
-def _cut(model: nn.Module, context: ScheduleContext, name: str, width: int, statistics: Statistics) -> Tensor:
-    """Cut and compensate one group of `model` in place, by its statistics, and return the scores of its units."""
+def _cut(model: nn.Module, context: ScheduleContext, name: str, width: int, statistics: Statistics) -> tuple[int, ...]:
+    """Cut and compensate one group of `model` in place, by its statistics, and return the units that stay."""
     part, trial = context.part(name), context.trial
-    scores = context.scores(statistics, part)
-    plan = make_plan(part, trial.units, scores, {name: width}, compensation.bias_modules(trial.compensation, part))
+    scores, biases = context.scores(statistics, part), compensation.bias_modules(trial.compensation, part)
+    plan = make_plan(part, trial.units, scores, {name: width}, biases, context.choose(statistics))
     surgery.narrow(model, part, plan)
     compensation.apply(model, part, plan, statistics, context.weights, trial.compensation)
-    return scores[name]
+    return plan.keep[name]
 
 
 def _widths(context: ScheduleContext) -> dict[str, int]:
@@ -125,7 +125,7 @@ def _widths(context: ScheduleContext) -> dict[str, int]:
     return project(context.structure, ratios, context.budget, context.biases)
 
 
-@SCHEDULE.register(compensates=True, sources=_FORWARD)
+@SCHEDULE.register(compensates=True, selects=True, sources=_FORWARD)
 def decide(context: ScheduleContext, options: NoOptions) -> Decision:  # noqa: ARG001 - the set's signature
     """Go through the model layer by layer, attention before the MLP: measure, score, cut and compensate each sublayer.
 
@@ -143,11 +143,12 @@ def decide(context: ScheduleContext, options: NoOptions) -> Decision:  # noqa: A
     """
     widths = _widths(context)
     trial, layers = context.trial, _layers(context.structure)
-    families = importance.needs(trial.importance) | compensation.needs(trial.compensation)
+    chosen_by = importance.needs(trial.importance) | selection.needs(trial.selection)
+    families = chosen_by | compensation.needs(trial.compensation)
     # Over the base weights themselves: `narrow` replaces what it cuts.
     model = models.assemble(models.empty_model(context.config), context.weights)
     model = model.requires_grad_(requires_grad=False).to(context.device)
-    scores: dict[str, Tensor] = {}
+    kept: dict[str, tuple[int, ...]] = {}
     outputs: dict[str, Output] = {}
     with torch.no_grad():
         stream = _Stream(model, tuple(layers), context.tokens())
@@ -159,8 +160,9 @@ def decide(context: ScheduleContext, options: NoOptions) -> Decision:  # noqa: A
                     stream.reach(path, module)
 
                 statistics = calibration.observe(model, part, families, run, stream.tokens)
-                scores[group.name] = _cut(model, context, group.name, widths[group.name], statistics)
+                kept[group.name] = _cut(model, context, group.name, widths[group.name], statistics)
                 outputs[group.output] = _output(model, group.output)
             stream.advance(path)
-    plan = make_plan(context.structure, trial.units, scores, widths, context.biases)
+    scores = {g.name: torch.zeros(g.units) for g in context.structure.groups}
+    plan = make_plan(context.structure, trial.units, scores, widths, context.biases, lambda group, *_: kept[group.name])
     return Decision(plan=plan, outputs=outputs)
