@@ -51,7 +51,7 @@ def schedule_context(case, schedule, remove=0.2, weights=None, budget_of=None, *
     """What a schedule decides from on a sample's model: parts of a trial by section, statistics fresh and no more
     than needed."""
     units = {"attention": case.units.attention, "mlp": case.units.mlp}
-    told = {"calibration": {"corpus": "none"}, "units": units, "schedule": QUICK.get(schedule, schedule), **parts}
+    told = {"calibration": {"corpus": "none"}, "units": units, "schedule": QUICK.get(str(schedule), schedule), **parts}
     trial = TrialConfig.from_dict(told, "trial")
     return ScheduleContext(
         config=case.config,

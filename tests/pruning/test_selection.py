@@ -1,16 +1,14 @@
 """Selections against their definitions: errors by brute force, searches that never get worse, laws of the surgeon."""
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from adasearch import trial
 from adasearch.config import Component, TrialConfig, merged
 from adasearch.errors import TrialError
 from adasearch.library import REPOSITORY, load_recipe
-from adasearch.pruning import calibration, selection
+from adasearch.pruning import calibration, schedule, selection
 from adasearch.pruning.accumulators import damped
 from adasearch.pruning.compensation.least_squares import solve
 from adasearch.pruning.importance import GroupView
@@ -351,12 +349,25 @@ class TestTrials:
         # Scores that say nothing: with three KV groups there is little to search from good ones.
         changes = {"calibration": {"corpus": "pydoc"}, "importance": "random", "seed": 1}
         config = TrialConfig.from_dict(merged(mapping, changes), recipe)
-        statistics = calibration.collect(case.model, case.structure, case.tokens, trial.needs_of(config))
-        bench = SimpleNamespace(study=SimpleNamespace(budget=asked), base=SimpleNamespace(weights=case.weights))
+        statistics = calibration.collect(case.model, case.structure, case.tokens, schedule.needs(config))
         plain = TrialConfig.from_dict(merged(config.to_dict(), {"selection": "top"}), recipe)
         assert config.selection.type != "top"
         assert config.key != plain.key
-        found, top = (trial.decide(c, bench, case.structure, statistics) for c in (config, plain))
+        found, top = (
+            schedule.decide(
+                schedule.ScheduleContext(
+                    config=case.config,
+                    weights=case.weights,
+                    structure=case.structure,
+                    statistics=statistics,
+                    tokens=lambda: case.tokens,
+                    trial=trial,
+                    budget=asked,
+                    device=torch.device("cpu"),
+                )
+            ).plan
+            for trial in (config, plain)
+        )
         check_plan(found, case.structure)
         assert found.widths(case.structure) == top.widths(case.structure)
         differ = {g.kind for g in case.structure.groups if found.keep[g.name] != top.keep[g.name]}
@@ -367,4 +378,4 @@ class TestTrials:
         config = TrialConfig.from_dict(
             {"calibration": {"corpus": "pydoc"}, "importance": "random", "selection": name}, "t"
         )
-        assert trial.needs_of(config) == {"covariance"}
+        assert schedule.needs(config) == {"covariance"}

@@ -9,9 +9,8 @@ from adasearch import data
 from adasearch.checks import corpora
 from adasearch.config import CalibrationConfig, TrialConfig, UnitsConfig, study_from_dict
 from adasearch.library import REPOSITORY, load_recipe
-from adasearch.pruning import calibration, importance
+from adasearch.pruning import calibration, importance, schedule
 from adasearch.pruning.statistics import by_corpus
-from adasearch.trial import needs_of
 from tests.pruning.sample import component, sample, sequence_gradients, tokens
 from tests.test_workbench import bench, corpus  # noqa: F401 - fixtures
 
@@ -110,7 +109,7 @@ def test_every_corpus_that_a_study_reads_has_its_place(tmp_path):
         "recipe.txt": "recipes.r.importance.corpus",
     }
     space = {"importance": {"choice": ["flap", "two_corpora"]}}
-    searched = _study(tmp_path, space=space)
+    searched = _study(tmp_path, space=space, recipes=[])
     assert corpora(searched) == {"pydoc": "trial.calibration.corpus", "stdlib": "space.importance"}
     space |= {"importance.two_corpora.corpus": {"choice": ["a.txt", "b.txt", "c.txt"]}}
     found = corpora(_study(tmp_path, space=space))
@@ -120,4 +119,4 @@ def test_every_corpus_that_a_study_reads_has_its_place(tmp_path):
 def test_the_recipe_reads_only_what_ships_with_python():
     recipe = load_recipe("d_pruner_like", REPOSITORY / "studies" / "any.yaml", "recipes")
     config = TrialConfig.from_dict({"calibration": {"corpus": "pydoc"}, **recipe}, "")
-    assert by_corpus(needs_of(config)) == {"": {"fisher"}, "stdlib": {"fisher"}}
+    assert by_corpus(schedule.needs(config)) == {"": {"fisher"}, "stdlib": {"fisher"}}
