@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 from adasearch import tokenization
 from adasearch.config import TrialConfig
 from adasearch.errors import ConfigError, ModelError, TrialError
+from adasearch.losses import LossBook
 from adasearch.outlined import named_tokens
 from adasearch.pruning import compensation, depth, hidden, masking, tokens, vocabulary
-from adasearch.pruning.depth import DepthContext
+from adasearch.pruning.depth import DepthContext, LossOptions
 from adasearch.pruning.hidden import HiddenContext
 from adasearch.pruning.projection import removal
 from adasearch.pruning.structure import WHOLE, ModelStructure, Outline, count_outlined
@@ -107,13 +108,20 @@ def costs(bench: Workbench, structure: ModelStructure, outline: Outline) -> dict
 
 
 def _loss(config: TrialConfig, bench: Workbench) -> Callable[[frozenset[str]], float]:
-    """Return the loss of the dense model on the calibration sample without some sublayers, made when first asked."""
+    """Return the loss of the dense model on the calibration sample without some sublayers.
+
+    The greedy orders of several budgets begin alike, so what was computed once is kept on disk.
+    """
+    options = config.depth.options
+    used = min(config.calibration.samples, options.sequences) if isinstance(options, LossOptions) else 1
+    sample = dataclasses.replace(config.calibration, samples=used)  # the first sequences: samples are nested
 
     @functools.cache
     def made() -> masking.SublayerLoss:
-        return masking.SublayerLoss(bench.dense(), bench.sample_tokens(config.calibration))
+        return masking.SublayerLoss(bench.dense(), bench.sample_tokens(sample))
 
-    return lambda gone: made()(gone)
+    key = bench.sample_key(sample)
+    return LossBook(bench.cache / "losses" / f"{key}.jsonl", lambda gone: made()(gone))
 
 
 def _without_layers(config: TrialConfig, bench: Workbench, outline: Outline, left: int) -> Outline:

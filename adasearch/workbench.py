@@ -147,6 +147,11 @@ class Workbench:
         tokens: torch.Tensor = data.token_matrix(tokenizer, sample, self.study.data_root)
         return tokens
 
+    def sample_key(self, sample: CalibrationConfig) -> str:
+        """Return what identifies the dense model and a calibration sample, text and all."""
+        version = data.corpus_version(sample.corpus, self.study.data_root)
+        return fingerprint((self._checksum, str(self.base.dtype), self.study.data_root, version, sample))
+
     def token_use(self, corpora: tuple[str, ...], tokens: int) -> torch.Tensor:
         """Return how often each token of the dense vocabulary occurs in the calibration parts of corpora (V, int64).
 

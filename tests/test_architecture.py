@@ -16,7 +16,7 @@ FLOORS = [
     ["documents"],
     ["racing", "library"],
     ["config"],
-    ["records"],
+    ["records", "losses"],
     ["tuning.kernels", "tuning.head"],
     ["tuning.decoder"],
     ["pruning", "search.dimensions", "search.space", "search.parameters", "tuning.items", "tuning.scoring"],

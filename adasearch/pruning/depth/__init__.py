@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from adasearch.config import Component
-from adasearch.documents import Share, value
+from adasearch.documents import Count, Share, value
 from adasearch.pruning.statistics import Statistics
 from adasearch.registry import DEPTH
 
@@ -41,6 +41,18 @@ class DepthOptions:
     """
 
     share: Share = 1.0
+
+
+@value
+class LossOptions(DepthOptions):
+    """Settings of every rule that asks for losses.
+
+    Args:
+        sequences: of the calibration sample, that losses are taken over. A rule may ask for hundreds of losses; those
+            of different sets are paired, so that few sequences tell them apart. 2SSP takes one of 2048 tokens.
+    """
+
+    sequences: Count = 8
 
 
 def layer_of(path: str) -> int:

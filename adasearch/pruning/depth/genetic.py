@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 import pydantic
 
 from adasearch.documents import Count, Share, value
-from adasearch.pruning.depth import DepthContext, DepthOptions, Item, paths_of
+from adasearch.pruning.depth import DepthContext, Item, LossOptions, paths_of
 from adasearch.registry import DEPTH
 
 
 @value
-class GeneticOptions(DepthOptions):
+class GeneticOptions(LossOptions):
     """Settings.
 
     Args:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from adasearch.documents import Index, value
-from adasearch.pruning.depth import DepthContext, DepthOptions, Unit, paths_of
+from adasearch.pruning.depth import DepthContext, LossOptions, Unit, paths_of
 from adasearch.pruning.depth._greedy import greedy, losses
 from adasearch.registry import DEPTH
 
 
 @value
-class GreedyLossOptions(DepthOptions):
+class GreedyLossOptions(LossOptions):
     """Settings.
 
     Args:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 from adasearch.documents import Positive, value
-from adasearch.pruning.depth import DepthContext, DepthOptions, paths_of
+from adasearch.pruning.depth import DepthContext, LossOptions, paths_of
 from adasearch.pruning.depth._greedy import greedy
 from adasearch.registry import DEPTH
 
 
 @value
-class TwoStageOptions(DepthOptions):
+class TwoStageOptions(LossOptions):
     """Settings.
 
     Args:
