@@ -126,7 +126,8 @@ def refusals(phase: str) -> Iterator[None]:
 
 def prune(config: TrialConfig, bench: Workbench, clock: Clock) -> Pruned:
     """Return the model cut to the budget and compensated, not yet recovered."""
-    clock.enter("outline")
+    if outlining.wanted(config):
+        clock.enter("outline")
     outline = outlining.decide(config, bench)
     base, structure = bench.outlined(outline), bench.structure(config.units, outline)
     clock.enter("calibrate")

