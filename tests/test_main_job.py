@@ -208,7 +208,7 @@ def test_recipes_left_open_are_seeds_and_marked_and_stay_when_the_run_goes_on(tm
     assert main(["validate", str(path)]) == 0
     out = capsys.readouterr().out
     assert "trials: 4, of them recipes: flap, fasp\n" in out
-    assert "not expressible: magnitude_l2 (importance is never 'magnitude'" in out
+    assert "not expressible: magnitude_l2 (" in out
     assert main(["run", str(path), "--out", str(run)]) == 0
     board = pd.read_csv(run / "leaderboard.csv", dtype=str, keep_default_na=False).set_index("trial")
     assert board["recipe"].to_dict() == {"dense": "", "0": "flap", "1": "fasp", "2": "", "3": ""}
