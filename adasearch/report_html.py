@@ -213,10 +213,14 @@ def _history(f: Findings) -> str:
     return section("history", "Search", _KEY, lines, figure(svg, caption), title, table)
 
 
+_PLAIN = {"none", "top", "one_shot"}
+
+
 def _brief(record: Record) -> str:
-    """Return the parts of a configuration in one line."""
+    """Return the parts of a configuration in one line; what is left out takes nothing away, or is the plain way."""
     config = record.config or {}
     parts = [str(config[key].get("type", "")) for key in COMPONENTS if key in config]
+    parts = [part for part in parts if part not in _PLAIN]
     corpus = config.get("calibration", {}).get("corpus", "")
     return escape(" · ".join([*parts, *([f"calibrated on {corpus}"] if corpus else [])]))
 
