@@ -186,9 +186,7 @@ class TestBudget:
         assert PruningPlan.load(tmp_path / "plan.json") == plan
 
 
-@pytest.mark.parametrize(
-    ("name", "layout"), [("layer", "stock"), ("hidden", "stock"), ("mixed", "per_layer"), ("all", "per_layer")]
-)
+@pytest.mark.parametrize(("name", "layout"), [("layer", "stock"), ("mixed", "per_layer"), ("all", "per_layer")])
 def test_an_export_opens_as_the_same_model(tmp_path, name, layout):
     small, structure = cut_to(make_base("qwen3"), OUTLINES[name])
     plan = make_plan(structure, tiny_structure(small.config)[1], {}, {})

@@ -45,8 +45,9 @@ def checkpoint(request, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def bench(checkpoint, tmp_path):
+@pytest.fixture(scope="module")
+def bench(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
     study = {
         "name": "s",
         "model": {"name": str(checkpoint), "dtype": "float32"},
@@ -62,7 +63,7 @@ def bench(checkpoint, tmp_path):
         },
         "trial": {"calibration": SAMPLE},
     }
-    return Workbench(study_from_dict(study, "study:", tmp_path / "study.yaml"), tmp_path / "run", threads=1)
+    return Workbench(study_from_dict(study, "study:", folder / "study.yaml"), folder / "run", threads=1)
 
 
 def trial(**sections):
@@ -93,14 +94,14 @@ class TestDecide:
         assert len(found.hidden) == 18  # 30 % of 24 is 7.2: 6 go
 
     @pytest.mark.parametrize("share", [0.02, 0.1, 0.3])
-    def test_nothing_takes_more_than_the_budget_has(self, bench, share):
+    def test_nothing_takes_more_than_the_budget_has(self, bench, share, monkeypatch):
         config = trial(
             vocabulary={"type": "by_use", "remove": 0.5},
             hidden={"type": "magnitude", "remove": 0.9},
             depth={"type": "block_influence", "unit": "layer"},
         )
         budget = dataclasses.replace(bench.study.budget, remove=share)
-        bench.study = dataclasses.replace(bench.study, budget=budget)
+        monkeypatch.setattr(bench, "study", dataclasses.replace(bench.study, budget=budget))
         found = outlining.decide(config, bench)
         left = count_outlined(bench.base.shape, bench.structure(), found)
         whole = bench.structure().parameters
@@ -139,7 +140,7 @@ class TestTrial:
         assert {len(found) for found in values.values()} == {4}
         assert set(result.widths) == {g.name for g in bench.structure(config.units).groups}
 
-    @pytest.mark.parametrize("name", ["vocabulary", "all"])
+    @pytest.mark.parametrize("name", ["all"])
     def test_is_finished_exported_and_opens(self, bench, name):
         config = trial(**CASES[name])
         task = FinalTask(
