@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
@@ -46,11 +47,17 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+_LONG = 20
+
+
 def html_table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
     """Return a table; rows have a class and cells of HTML; columns named ``<...`` range left, ``<<...`` also wrap."""
     css = ["left" if name.startswith("<") or i == 0 else "" for i, name in enumerate(head)]
     css = [f"{c} text" if name.startswith("<<") else c for c, name in zip(css, head, strict=True)]
-    heads = "".join(f'<th class="{c}">{escape(name.lstrip("<"))}</th>' for c, name in zip(css, head, strict=True))
+    # Some names of corpora are long, and may break at their own marks.
+    names = [escape(name.lstrip("<")) for name in head]
+    names = [re.sub("([/:@])", r"\1&#8203;", name) if len(name) > _LONG else name for name in names]
+    heads = "".join(f'<th class="{c}">{name}</th>' for c, name in zip(css, names, strict=True))
     body = ""
     for kind, row in rows:
         cells = "".join(f'<td class="{c}">{cell}</td>' for c, cell in zip(css, row, strict=True))

@@ -41,7 +41,7 @@ nav { display: flex; flex-wrap: wrap; gap: .3rem 1rem; margin: 1rem 0 0; font-si
 .wide { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .38rem .6rem; border-bottom: 1px solid var(--rule); white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; vertical-align: bottom; border-bottom-width: 2px; }
+th { color: var(--soft); font-weight: 600; vertical-align: bottom; border-bottom-width: 2px; white-space: normal; }
 th.left, td.left { text-align: left; }
 td.text { white-space: normal; min-width: 15rem; overflow-wrap: anywhere; }
 tr.strong td { font-weight: 650; }
