@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPES = "search_spaces/recipes"
 FIRST = (
     "magnitude_l2", "random", "llm_pruner_e1", "llm_pruner_e2", "llm_pruner_vector", "flap", "wanda_sp", "fasp",
-    "slimgpt", "slimllm", "cfsp", "adapt_pruner",
+    "slimgpt", "slimllm", "cfsp", "two_ssp", "adapt_pruner", "shortgpt",
 )  # fmt: skip
 """Recipes that a search begins with, where there is no room for all: two floors, then what is compared with most."""
 _FOR_READERS = {"title", "source", "fidelity"}
