@@ -15,7 +15,7 @@ from adasearch import data, models, outlined
 from adasearch.config import CalibrationConfig, Component, StudyConfig, UnitsConfig
 from adasearch.documents import fingerprint
 from adasearch.errors import DataError, TrialError
-from adasearch.pruning import architectures, calibration, statistics
+from adasearch.pruning import architectures, calibration, statistics, vocabulary
 from adasearch.pruning.statistics import Statistics
 from adasearch.pruning.statistics_cache import Cache
 from adasearch.pruning.structure import WHOLE, Outline
@@ -163,7 +163,7 @@ class Workbench:
         for corpus in corpora:
             if (corpus, tokens) not in self._use:
                 ids = data.first_tokens(self.base.tokenizer, corpus, tokens, self.study.data_root)
-                self._use[corpus, tokens] = torch.bincount(ids, minlength=len(total))
+                self._use[corpus, tokens] = vocabulary.counts(ids, len(total))
             total += self._use[corpus, tokens]
         return total
 
