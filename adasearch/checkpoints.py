@@ -11,10 +11,10 @@ import struct
 from pathlib import Path
 from typing import Any, Literal
 
-from adasearch.config import ModelConfig
 from adasearch.documents import value
 from adasearch.errors import ModelError
 from adasearch.registry import ARCHITECTURES, nearest
+from adasearch.sections import ModelConfig
 
 _HUB_ID = re.compile(r"^[\w][\w.-]*(/[\w][\w.-]*)?$")
 INDEX = "model.safetensors.index.json"

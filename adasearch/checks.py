@@ -9,16 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adasearch import data, models, placement
-from adasearch.config import (
-    COMPONENTS,
-    ClusterConfig,
-    Component,
-    StudyConfig,
-    TrialConfig,
-    UnitsConfig,
-    component,
-    merged,
-)
+from adasearch.config import COMPONENTS, Component, StudyConfig, TrialConfig, UnitsConfig, component, merged
 from adasearch.documents import fingerprint, join, value
 from adasearch.environment import local_machine, machine, versions
 from adasearch.errors import ConfigError, DataError, ModelError, StorageError
@@ -29,6 +20,7 @@ from adasearch.pruning.structure import ModelShape, ModelStructure
 from adasearch.registry import COMPENSATION
 from adasearch.search.seeds import Seeds, find_seeds
 from adasearch.search.space import MANY_COLUMNS, Space
+from adasearch.sections import ClusterConfig
 from adasearch.tuning import tasks
 
 if TYPE_CHECKING:

@@ -17,12 +17,9 @@ from adasearch import registry
 from adasearch.documents import (
     Count,
     Finite,
-    Fraction,
     Index,
     Name,
     NonNegative,
-    Positive,
-    Share,
     fingerprint,
     join,
     parse,
@@ -34,102 +31,16 @@ from adasearch.errors import ConfigError
 from adasearch.library import find, load_recipe, recipe_names
 from adasearch.racing import FidelityConfig, RacingConfig, Rung
 from adasearch.registry import Registry, nearest
-
-
-@value
-class ModelConfig:
-    """Which model. `name`: hub id, folder, ``file.gguf`` or ``package:python_package`` that carries one."""
-
-    name: str
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    revision: str | None = None
-
-
-@value
-class BudgetConfig:
-    """How much goes: `remove` is the fraction of parameters removed, of all or of the non-embedding ones.
-
-    Args:
-        multiple_of: MLP widths are multiples of it, or dense.
-        uniform: all layers get the same widths, such as the family's stock class opens.
-    """
-
-    remove: Fraction
-    of: Literal["all", "non_embedding"] = "all"
-    multiple_of: Count = 1
-    uniform: bool = False
-
-
-@value
-class ObjectiveConfig:
-    """What the search maximises: the mean of `metric` over the tasks in `search`, on `items` items of each.
-
-    `margin` is the chance-corrected probability of the right choice, (p - 1/n) / (1 - 1/n), with p the softmax over
-    the choices' log-likelihoods per character (as they are, where a task reports no acc_norm). `select` items of each
-    task are set aside for choosing among finalists.
-    """
-
-    search: tuple[str, ...]
-    items: Count = 200
-    select: Count = 200
-    metric: Literal["margin", "acc", "acc_norm"] = "margin"
-    allow_shared_splits: bool = False
-
-
-@value
-class ReportConfig:
-    """What is scored once, at the end: tasks by name; perplexity on the first tokens of corpora, by window length."""
-
-    tasks: tuple[str, ...]
-    items: Count | None = None
-    perplexity: tuple[str, ...] = ()
-    perplexity_tokens: Count = 65536
-    windows: tuple[Count, ...] = (128, 2048)
-
-
-def _workers(given: Any) -> Any:
-    if given == "auto" or (isinstance(given, int) and not isinstance(given, bool) and given >= 1):
-        return given
-    raise ValueError("must be auto or a number, 1 or more")
-
-
-@value
-class ClusterConfig:
-    """Where trials run: `local` processes under Ray (the default), in this process, or on a running Ray cluster.
-
-    What is left open is decided by `placement.decide`; a run's ``config.yaml`` holds what was decided.
-
-    Args:
-        workers: trials at the same time; ``auto`` follows from cores, memory, GPUs and the number of trials.
-        threads: threads of each worker; None shares the cores evenly.
-        gpus_per_worker: GPUs of each worker, a fraction where workers share one; None shares evenly what there is, 0
-            computes on CPUs.
-        gpu_memory: share of a GPU's memory that each worker may take; None follows from `gpus_per_worker`.
-        address: None starts a local Ray, ``auto`` or ``host:port`` joins one; ``in_process`` uses no Ray at all.
-    """
-
-    workers: Annotated[int | Literal["auto"], pydantic.PlainValidator(_workers)] = "auto"
-    threads: Count | None = None
-    gpus_per_worker: NonNegative | None = None
-    gpu_memory: Fraction | None = None
-    address: str | None = None
-
-
-@value
-class SamplerConfig:
-    """How the next trial is proposed; `startup` trials come from a quasi-random sequence after the recipes."""
-
-    type: Literal["botorch", "tpe", "gp", "random"] = "botorch"
-    startup: Count = 6
-
-
-@value
-class LimitsConfig:
-    """Bounds of a run: seconds of one trial, attempts at it, and the share of failed trials that stops the search."""
-
-    trial_seconds: Positive = 3600.0
-    attempts: Count = 2
-    failed_share: Share = 0.5
+from adasearch.sections import (
+    BudgetConfig,
+    ClusterConfig,
+    LimitsConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    ReportConfig,
+    SamplerConfig,
+    StoppingConfig,
+)
 
 
 @value
@@ -311,13 +222,16 @@ class SpaceConfig:
 
 STUDYS_OWN = ("calibration", "recovery")
 """Sections that recipes leave to the study, so that all are compared at equal cost."""
-SEARCHED = ("model", "space", "budget", "objective", "trial", "recipes", "seed", "sampler", "racing", "fidelity")
+SEARCHED = ("model", "space", "budget", "objective", "trial", "recipes", "seed", "sampler", "racing",
+            "fidelity", "warm_start")  # fmt: skip
 """Sections of a study that decide what its trials are; they may not change while its run goes on."""
 
 
 @value
 class StudyConfig:
     """A study file, resolved: every default filled in, the space and the recipes read.
+
+    `warm_start` names run folders of earlier searches, whose trials are prior knowledge.
 
     `all_recipes` says that the file left `recipes` open (``auto``): they are all that there are, and `search.seeds`
     decides which of them a search runs.
@@ -338,7 +252,9 @@ class StudyConfig:
     sampler: SamplerConfig = SamplerConfig()
     racing: RacingConfig = RacingConfig()
     fidelity: FidelityConfig = FidelityConfig()
+    stopping: StoppingConfig = StoppingConfig()
     limits: LimitsConfig = LimitsConfig()
+    warm_start: tuple[str, ...] = ()
     data_root: str | None = None
     all_recipes: bool = False
 

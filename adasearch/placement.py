@@ -9,8 +9,8 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from adasearch.config import ClusterConfig
 from adasearch.documents import Count, Index, NonNegative, Positive, value
+from adasearch.sections import ClusterConfig
 
 if TYPE_CHECKING:
     from adasearch.pruning.structure import ModelShape

@@ -31,10 +31,12 @@ class FidelityConfig:
             that trials may calibrate on, from the part that search items come from: no trial is calibrated or recovered
             on them, and no report item or perplexity reads them.
         unrecovered: share of the search items that are scored before the recovery too, 0 for none.
+        midway: share of the recovery after which the divergence is measured once more, 0 for never.
     """
 
     divergence: Index = 1024
     unrecovered: Share = 0.0
+    midway: Share = 0.0
 
 
 @value

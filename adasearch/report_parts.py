@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from adasearch.config import BudgetConfig
 from adasearch.report_style import STYLE
+from adasearch.sections import BudgetConfig
 
 
 def percent(number: float, digits: int = 1) -> str:

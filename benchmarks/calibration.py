@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from adasearch import data, models
-from adasearch.config import CalibrationConfig, ModelConfig, UnitsConfig
+from adasearch.config import CalibrationConfig, UnitsConfig
 from adasearch.pruning import architectures, calibration, statistics_cache
 from adasearch.pruning.statistics import FAMILIES, LARGE, SUMS, Statistics
 from adasearch.pruning.statistics_cache import Cache
 from adasearch.pruning.structure import ModelStructure
+from adasearch.sections import ModelConfig
 
 PLAIN_TOKENS = (512, 1024)
 TARGET = 1.2

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from adasearch import data, models, trial
-from adasearch.config import ModelConfig, StudyConfig, TrialConfig, merged, study_from_dict
+from adasearch.config import StudyConfig, TrialConfig, merged, study_from_dict
 from adasearch.pruning import schedule
 from adasearch.pruning.plan import PruningPlan
+from adasearch.sections import ModelConfig
 from adasearch.tuning import cloze, tasks
 from adasearch.workbench import Workbench
 from benchmarks import shapes

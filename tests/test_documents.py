@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adasearch.config import BudgetConfig, CalibrationConfig
+from adasearch.config import CalibrationConfig
 from adasearch.documents import fingerprint, join, parse, plain, read_yaml
 from adasearch.errors import ConfigError
 from adasearch.racing import RacingConfig
+from adasearch.sections import BudgetConfig
 
 
 @pytest.mark.parametrize(

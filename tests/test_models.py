@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adasearch import models
-from adasearch.config import ModelConfig, UnitsConfig
+from adasearch.config import UnitsConfig
 from adasearch.errors import ModelError, StorageError
 from adasearch.pruning import architectures, surgery
+from adasearch.sections import ModelConfig
 from tests import tiny
 
 

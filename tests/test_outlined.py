@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adasearch import loading, models, outlined
-from adasearch.config import BudgetConfig
 from adasearch.models import BaseModel
 from adasearch.pruning import architectures, calibration, surgery
 from adasearch.pruning.plan import PruningPlan, check_plan, make_plan
 from adasearch.pruning.projection import project, removal
 from adasearch.pruning.structure import Outline, count_outlined, sizes
 from adasearch.registry import EXPORT
+from adasearch.sections import BudgetConfig
 from adasearch.tuning import decoder
 from adasearch.tuning.export import ModelCard
 from tests.tiny import FAMILIES, tiny_config, tiny_structure, tiny_tokenizer, tiny_weights

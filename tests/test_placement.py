@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adasearch import placement
-from adasearch.config import ClusterConfig
 from adasearch.placement import GIB, MOST_PER_GPU, Machine, Need, decide
 from adasearch.pruning.structure import ModelShape
+from adasearch.sections import ClusterConfig
 
 SMALL = Need(memory=GIB, shared=GIB // 4, gpu=4 * GIB)
 

@@ -16,18 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adasearch import pictures, report, report_html, report_rungs
-from adasearch.config import (
-    BudgetConfig,
-    Component,
-    FinalizeConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    ReportConfig,
-    SpaceConfig,
-    StudyConfig,
-    TaskScore,
-    TrialResult,
-)
+from adasearch.config import Component, FinalizeConfig, SpaceConfig, StudyConfig, TaskScore, TrialResult
 from adasearch.racing import Rung
 from adasearch.records import (
     DENSE,
@@ -40,6 +29,7 @@ from adasearch.records import (
     write_record,
 )
 from adasearch.registry import NoOptions
+from adasearch.sections import BudgetConfig, ModelConfig, ObjectiveConfig, ReportConfig
 
 LAYERS = 12
 DENSE_PARAMETERS = 134_515_008

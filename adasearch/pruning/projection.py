@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from adasearch.config import BudgetConfig
 from adasearch.errors import ConfigError
 from adasearch.pruning.structure import Group, ModelStructure
+from adasearch.sections import BudgetConfig
 
 _LEAST_RATIO = 1e-9  # of the largest; below it the scale that fills a group would overflow
 

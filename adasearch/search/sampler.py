@@ -6,20 +6,18 @@ import hashlib
 import logging
 import math
 import secrets
-import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, TPESampler
 from optuna.search_space import IntersectionSearchSpace
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
 
-from adasearch.config import SamplerConfig
 from adasearch.search.parameters import CategoricalParameter, Encoding, FloatParameter, IntParameter, Parameter
 from adasearch.search.space import Space
 
@@ -61,20 +59,6 @@ def from_distribution(distribution: BaseDistribution) -> Parameter:
 def distributions(space: Space) -> dict[str, BaseDistribution]:
     """Return what Optuna must be asked for: every parameter of the space, at every trial."""
     return {name: to_distribution(parameter) for name, parameter in space.parameters.items()}
-
-
-def make_sampler(config: SamplerConfig, space: Space, seed: int, number: int) -> BaseSampler:
-    """Return a new sampler for the trial `number`: it has no state but the study, so a resumed search goes on alike."""
-    draw = derived_seed(seed, number, config.type)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if config.type == "tpe":
-            return TPESampler(seed=draw, n_startup_trials=config.startup)
-        if config.type == "gp":
-            return GPSampler(seed=draw, n_startup_trials=config.startup, deterministic_objective=False)
-        if config.type == "random":
-            return RandomSampler(seed=draw)
-    return BoTorchSampler(space, seed=seed, startup=config.startup)
 
 
 @dataclass(frozen=True, slots=True)

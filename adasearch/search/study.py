@@ -38,7 +38,8 @@ from adasearch.search import lease
 from adasearch.search.executor import printable
 from adasearch.search.notes import study_note, trial_note
 from adasearch.search.outcomes import Asked, Recipe, lag, num_workers, settled
-from adasearch.search.sampler import RECIPE, STDERR, distributions, make_sampler
+from adasearch.search.sampler import RECIPE, STDERR, distributions
+from adasearch.search.samplers import make_sampler
 from adasearch.search.space import Space
 
 _NAME, _FINGERPRINT = "study.db", "fingerprint"

@@ -172,7 +172,13 @@ def hidden_states(
     return x.view(batch, length, -1)
 
 
-def last_hidden(model: Any, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+def last_hidden(
+    model: Any,
+    ids: Tensor,
+    mask: Tensor | None = None,
+    positions: Tensor | None = None,
+    updates: Updates | None = None,
+) -> Tensor:
     """Return the last hidden states, B × T × D, of any causal language model: by `hidden_states` where it stands.
 
     Args:
@@ -180,9 +186,11 @@ def last_hidden(model: Any, ids: Tensor, mask: Tensor | None = None, positions: 
         ids: B × T token ids.
         mask: added to attention scores, B × T × T; None is causal.
         positions: B × T; None counts from 0.
+        updates: low-rank updates by linear module; such a model must be one that `takes` takes.
     """
     if takes(model):
-        return hidden_states(model, ids, mask=mask, positions=positions)
+        return hidden_states(model, ids, updates=updates, mask=mask, positions=positions)
+    assert not updates, "low-rank updates need a model that the decoder takes"
     extra = {} if mask is None else {"attention_mask": mask[:, None], "position_ids": positions}
     states: Tensor = model.base_model(input_ids=ids, use_cache=False, **extra).last_hidden_state
     return states

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adasearch.errors import TrialError
-from adasearch.tuning.decoder import last_hidden
+from adasearch.tuning.decoder import Updates, last_hidden
 from adasearch.tuning.head import HeadRows
 
 PHASE = "divergence"
@@ -53,10 +53,10 @@ def num_windows(tokens: float) -> int:
     return max(2, round(tokens / WINDOW))
 
 
-def _states(model: Any, tokens: Tensor) -> Tensor:
+def _states(model: Any, tokens: Tensor, updates: Updates | None = None) -> Tensor:
     """Return the hidden states at the compared positions, N x P x D."""
     batches = torch.split(tokens, max(1, _BATCH // tokens.shape[1]))
-    return torch.cat([last_hidden(model, batch)[:, STRIDE - 1 :: STRIDE] for batch in batches])
+    return torch.cat([last_hidden(model, batch, updates=updates)[:, STRIDE - 1 :: STRIDE] for batch in batches])
 
 
 # no_grad, not inference mode: what a module may keep of its first forward must not bar it from training
@@ -73,7 +73,7 @@ def reference(dense: Any, tokens: Tensor) -> Reference:
 
 
 @torch.no_grad()
-def divergence(model: Any, against: Reference) -> tuple[float, float]:
+def divergence(model: Any, against: Reference, updates: Updates | None = None) -> tuple[float, float]:
     """Return the mean over positions of KL(p || q) = sum_v p_v (ln p_v - ln q_v) in nats, and its standard error.
 
     p is the dense model's prediction of the next token, q the other model's, both over the whole vocabulary, from
@@ -83,12 +83,13 @@ def divergence(model: Any, against: Reference) -> tuple[float, float]:
     Args:
         model: a model of the same vocabulary, in eval mode; left as it is, and no random number is drawn.
         against: what `reference` returned.
+        updates: low-rank updates of the model that are not merged yet, as while it is recovered.
 
     Raises:
         TrialError: the divergence is not finite.
     """
     windows, positions, _ = against.states.shape
-    mine = _states(model, against.tokens).flatten(0, 1)
+    mine = _states(model, against.tokens, updates).flatten(0, 1)
     theirs = against.states.flatten(0, 1)
     rooms = [HeadRows(head.weight, head.bias, len(mine)) for head in (against.head, model.lm_head)]
     found = []

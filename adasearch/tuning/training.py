@@ -277,6 +277,9 @@ def train(
             raise TrialError("nan", problem, PHASE)
         if context.report is not None:
             context.report(step + 1, config.steps, losses[-1])
+        if context.look is not None and step + 1 < config.steps:
+            whole = {module: u._replace(dropout=0.0) for module, u in (updates or {}).items()}
+            context.look(step + 1, config.steps, whole)
     trained = config.steps * config.batch * config.length
     seconds = time.monotonic() - start
     return RecoveryReport(losses=tuple(losses), tokens=trained, seconds=seconds, epochs=trained / tokens.numel())

@@ -6,13 +6,14 @@ from types import SimpleNamespace
 
 import torch
 
-from adasearch.config import BudgetConfig, Component, TrialConfig
+from adasearch.config import Component, TrialConfig
 from adasearch.pruning import calibration, surgery
 from adasearch.pruning.plan import make_plan
 from adasearch.pruning.schedule import ScheduleContext, needs
 from adasearch.pruning.statistics import STREAM, Statistics
 from adasearch.pruning.structure import Group, ModelStructure, Slice
 from adasearch.registry import ALLOCATION, COMPENSATION, IMPORTANCE
+from adasearch.sections import BudgetConfig
 from tests.tiny import VOCABULARY, tiny_config, tiny_structure, tiny_weights
 
 NEEDS = frozenset({"moments", "covariance", "votes", "inputs", "gradient", "fisher"})

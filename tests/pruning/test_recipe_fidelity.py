@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from adasearch.config import BudgetConfig, TrialConfig
+from adasearch.config import TrialConfig
 from adasearch.documents import read_yaml
 from adasearch.library import REPOSITORY, load_recipe
 from adasearch.pruning import calibration, compensation, importance, schedule, surgery
 from adasearch.pruning.plan import make_plan
+from adasearch.sections import BudgetConfig
 from tests.pruning.sample import activations, sequence_gradients, tokens
 from tests.tiny import tiny_config, tiny_structure, tiny_weights
 

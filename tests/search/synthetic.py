@@ -18,18 +18,7 @@ from typing import Literal
 import numpy as np
 
 from adasearch import config as config_module
-from adasearch.config import (
-    ClusterConfig,
-    Component,
-    LimitsConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    SamplerConfig,
-    SpaceConfig,
-    StudyConfig,
-    TaskScore,
-    TrialResult,
-)
+from adasearch.config import Component, SpaceConfig, StudyConfig, TaskScore, TrialResult
 from adasearch.documents import Count, Positive, parse, value
 from adasearch.errors import TrialError
 from adasearch.racing import Rung
@@ -38,6 +27,7 @@ from adasearch.registry import Entry, NoOptions, Registry
 from adasearch.search.driver import Assignment, run_search
 from adasearch.search.executor import InProcessExecutor, Outcome, classify
 from adasearch.search.space import Space
+from adasearch.sections import ClusterConfig, LimitsConfig, ModelConfig, ObjectiveConfig, SamplerConfig
 
 
 @value

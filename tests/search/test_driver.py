@@ -17,13 +17,14 @@ import optuna
 import pytest
 
 from adasearch import records as records_module
-from adasearch.config import ClusterConfig, LimitsConfig, SamplerConfig, SpaceConfig
+from adasearch.config import SpaceConfig
 from adasearch.errors import ConfigError, NoTrialError, StorageError
 from adasearch.racing import RacingConfig, in_control
 from adasearch.records import DENSE, read_record, read_records
 from adasearch.search import outcomes
 from adasearch.search import study as study_module
 from adasearch.search.executor import InProcessExecutor
+from adasearch.sections import ClusterConfig, LimitsConfig, SamplerConfig
 from tests.search.synthetic import Faults, Stop, ThreadExecutor, factory, make_study, search, table, told
 
 pytestmark = pytest.mark.usefixtures("fakes")

@@ -222,7 +222,7 @@ def test_the_machines_of_a_cluster_are_told_by_ray() -> None:
 
 SHARED = """
     import ray
-    from adasearch.config import ClusterConfig
+    from adasearch.sections import ClusterConfig
     from adasearch.placement import Need, decide
     from adasearch.search.ray_executor import RayExecutor, machines
     from tests.search import ray_workers

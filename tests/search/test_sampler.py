@@ -7,10 +7,11 @@ import optuna
 import pytest
 from optuna.testing.pytest_samplers import BasicSamplerTestCase, RelativeSamplerTestCase
 
-from adasearch.config import SamplerConfig
 from adasearch.search import surrogate
 from adasearch.search.parameters import CategoricalParameter, FloatParameter, IntParameter
-from adasearch.search.sampler import BoTorchSampler, distributions, from_distribution, make_sampler, to_distribution
+from adasearch.search.sampler import BoTorchSampler, distributions, from_distribution, to_distribution
+from adasearch.search.samplers import make_sampler
+from adasearch.sections import SamplerConfig
 from tests.search.synthetic import make_space, make_study, objective
 
 

@@ -7,12 +7,13 @@ import pytest
 from optuna.artifacts import get_all_artifact_meta
 from optuna_dashboard import get_note
 
-from adasearch.config import ClusterConfig, SamplerConfig, SpaceConfig
+from adasearch.config import SpaceConfig
 from adasearch.errors import StorageError
 from adasearch.records import Failure, Record
 from adasearch.search.notes import trial_note
 from adasearch.search.outcomes import lag, settled
 from adasearch.search.study import rebuild
+from adasearch.sections import ClusterConfig, SamplerConfig
 from tests.search.synthetic import Stop, make_space, make_study, search, table, told
 
 pytestmark = pytest.mark.usefixtures("fakes")

@@ -15,12 +15,13 @@ import torch
 import transformers
 
 from adasearch import loading, modeling_adasearch, models
-from adasearch.config import BudgetConfig, TaskScore, UnitsConfig
+from adasearch.config import TaskScore, UnitsConfig
 from adasearch.errors import ModelError, StorageError
 from adasearch.pruning import architectures, surgery
 from adasearch.pruning.plan import PruningPlan, make_plan
 from adasearch.pruning.projection import project
 from adasearch.records import FinalRecord
+from adasearch.sections import BudgetConfig
 from adasearch.tuning.export import MARKER, SUMS, ModelCard, _verify, hf
 
 LAYERS = 3

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from adasearch.config import BudgetConfig, Component
+from adasearch.config import Component
 from adasearch.pruning.projection import removal
 from adasearch.pruning.statistics import Statistics
 from adasearch.pruning.structure import ModelStructure
 from adasearch.registry import ALLOCATION
+from adasearch.sections import BudgetConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adasearch.config import BudgetConfig, TrialConfig
+from adasearch.config import TrialConfig
 from adasearch.errors import ConfigError
 from adasearch.pruning import allocation, compensation, importance, selection
 from adasearch.pruning.allocation import AllocationContext
@@ -25,6 +25,7 @@ from adasearch.pruning.plan import Choose, PruningPlan
 from adasearch.pruning.statistics import ACCUMULATORS, Statistics, merged_from
 from adasearch.pruning.structure import ModelStructure
 from adasearch.registry import SCHEDULE, Entry
+from adasearch.sections import BudgetConfig
 
 Output = tuple[Tensor, Tensor | None]
 """Weight (D × S, S features that stay) and bias (D) of an output projection."""

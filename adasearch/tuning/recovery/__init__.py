@@ -24,6 +24,8 @@ from adasearch.documents import value
 if TYPE_CHECKING:
     from torch import nn
 
+    from adasearch.tuning.decoder import Updates
+
 SequenceLength = Annotated[int, pydantic.Field(ge=8, le=8192)]
 
 
@@ -36,12 +38,15 @@ class RecoveryContext:
         device: where the model lies.
         report: called after each step with (steps done, steps, loss); it may raise to stop the training.
         teacher: the dense model, needed only where the option `distill` is above 0.
+        look: called after each step but the last with (steps done, steps, low-rank updates that are not merged yet); it
+            may measure the model, and raise to stop the training.
     """
 
     seed: int = 0
     device: str = "cpu"
     report: Callable[[int, int, float], None] | None = None
     teacher: nn.Module | None = None
+    look: Callable[[int, int, Updates], None] | None = None
 
 
 @value
