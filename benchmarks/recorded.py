@@ -119,8 +119,6 @@ class Bench:
         context = RecoveryContext(seed=config.seed, look=look)
         report = entry.function(pruned.model, pruned.structure, tokens, config.recovery.options, context)
         lap("recover_rest")
-        after = divergence.divergence(pruned.model, reference)
-        lap("divergence_after")
         search = self.values(pruned.model, "search")
         lap("search")
         held = self.values(pruned.model, "report")
@@ -128,7 +126,7 @@ class Bench:
         self.bench.assert_unchanged()
         self.bench.release()
         return {
-            "seconds": seconds, "divergence": first, "midway": midway[0], "divergence_after": after,
+            "seconds": seconds, "divergence": first, "midway": midway[0],
             "losses": list(report.losses), "unrecovered": unrecovered, "search": search, "report": held,
         }  # fmt: skip
 
