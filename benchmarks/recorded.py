@@ -33,7 +33,7 @@ TILT = (-1.0, -0.5, 0.0, 0.5)
 ATTENTION = (-1.5, -0.75, 0.0, 0.75)
 METRICS = ("margin", "acc_norm", "log_odds")
 ROLES = ("search", "report")
-EARLY, MIDWAY = 1 / 4, 1 / 3  # share of the search items scored before the recovery; of the recovery before a look
+MIDWAY = 1 / 3  # share of the recovery before the second look
 
 Line = dict[str, Any]
 
@@ -64,13 +64,13 @@ class Bench:
         self.bench = Workbench(study, run, 1)
         self.bench.reference()
 
-    def values(self, model: Any, role: Any, share: float = 1.0) -> dict[str, dict[str, list[float]]]:
+    def values(self, model: Any, role: Any) -> dict[str, dict[str, list[float]]]:
         """Return the value of every item, by metric and task."""
-        from adasearch.trial import first_items, score_blocks
+        from adasearch.trial import score_blocks
         from adasearch.tuning import evaluation
 
         tasks = self.bench.items(role)
-        found = score_blocks(model, first_items(tasks, share))
+        found = score_blocks(model, {name: task.encoded for name, task in tasks.items()})
         result: dict[str, dict[str, list[float]]] = {metric: {} for metric in METRICS}
         for name, logliks in found.items():
             items = tasks[name].items[: len(logliks)]
@@ -103,8 +103,6 @@ class Bench:
         reference = self.bench.reference()
         first = divergence.divergence(pruned.model, reference)
         lap("divergence")
-        unrecovered = self.values(pruned.model, "search", EARLY)
-        lap("unrecovered")
         midway: list[tuple[float, float]] = []
 
         def look(step: int, steps: int, updates: Any) -> None:
@@ -127,7 +125,7 @@ class Bench:
         self.bench.release()
         return {
             "seconds": seconds, "divergence": first, "midway": midway[0],
-            "losses": list(report.losses), "unrecovered": unrecovered, "search": search, "report": held,
+            "losses": list(report.losses), "search": search, "report": held,
         }  # fmt: skip
 
     def line(self, task: tuple[dict[str, Any] | None, dict[str, Any] | None]) -> Line:

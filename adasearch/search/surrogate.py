@@ -5,6 +5,7 @@ Shape legend: N observed points, M points running, Q candidates, d features in [
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 
@@ -12,30 +13,23 @@ import numpy as np
 import torch
 from botorch.acquisition.logei import qLogNoisyExpectedImprovement
 from botorch.exceptions.errors import BotorchError
-from botorch.fit import fit_gpytorch_mll
 from botorch.generation.gen import gen_candidates_scipy
 from botorch.models import SingleTaskGP
 from botorch.sampling.normal import SobolQMCNormalSampler
-from gpytorch.constraints import GreaterThan
-from gpytorch.likelihoods import FixedNoiseGaussianLikelihood
-from gpytorch.mlls import ExactMarginalLogLikelihood
-from gpytorch.priors import LogNormalPrior
+from gpytorch.kernels import MaternKernel, ScaleKernel
 from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Tensor
 
 from adasearch.documents import value
+from adasearch.search.gaussian import MAX_FITTED, FitError, Hyperparameters, fitted
 
-MAX_POINTS = 300
-_KEPT_BEST = 100
+__all__ = ["FitError", "Observations", "Proposal", "fit", "propose"]
+
+MAX_POINTS = 500
 _NUM_DRAWS = 64
 _NUM_STARTS = 4
-_FIT_STEPS = 100
-_ASCENT_STEPS = 30
+_ASCENT_STEPS = 20
 _NOISE_FLOOR = 1e-6
-
-
-class FitError(ArithmeticError):
-    """The model could not be fitted or searched; another way of proposing must be taken."""
 
 
 @value
@@ -45,14 +39,17 @@ class Observations:
     Args:
         points: N×d features of finished trials.
         scores: N scores, higher is better.
-        variances: N squared standard errors of the scores.
+        variances: N noise variances of the scores.
         pending: M×d features of running trials.
+        groups: for each column the parameter (from 0) that it belongs to: columns of one share a lengthscale. None
+            gives each column its own.
     """
 
     points: np.ndarray
     scores: np.ndarray
     variances: np.ndarray
     pending: np.ndarray
+    groups: np.ndarray | None = None
 
 
 @value
@@ -106,43 +103,62 @@ def propose(
     return [Proposal(index=int(index[i]), features=rounded[i]) for i in order]
 
 
-def _thinned(data: Observations) -> Observations:
-    """Return at most `MAX_POINTS` observations, the best ones and the latest ones; a fit takes cubic time."""
-    n = len(data.scores)
-    if n <= MAX_POINTS:
-        return data
-    best = set(np.argsort(-data.scores, kind="stable")[:_KEPT_BEST].tolist())
-    latest = [i for i in range(n - 1, -1, -1) if i not in best][: MAX_POINTS - _KEPT_BEST]
-    keep = sorted([*best, *latest])
-    return Observations(
-        points=data.points[keep], scores=data.scores[keep], variances=data.variances[keep], pending=data.pending
-    )
+def thinned(scores: np.ndarray, most: int) -> np.ndarray:
+    """Return the indices of at most `most` observations, ascending: a third the best ones, the rest the latest."""
+    n = len(scores)
+    if n <= most:
+        return np.arange(n)
+    best = np.argsort(-scores, kind="stable")[: most // 3]
+    latest = np.setdiff1d(np.arange(n), best)[-(most - len(best)) :]
+    return np.sort(np.concatenate([best, latest]))
+
+
+def standardised(data: Observations) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Return scores of mean 0 and deviation 1, their noise variances, and the mean and deviation that were."""
+    spread = float(data.scores.std(ddof=1)) if len(data.scores) > 1 else 0.0
+    mean = float(data.scores.mean())
+    spread = spread if spread > 1e-9 * max(1.0, abs(mean)) else 1.0
+    return (data.scores - mean) / spread, np.maximum(data.variances / spread**2, _NOISE_FLOOR), mean, spread
+
+
+def hyperparameters(data: Observations) -> Hyperparameters:
+    """Return what `gaussian.fitted` finds for standardised scores, from at most `MAX_FITTED` of them.
+
+    Raises:
+        FitError: a numerical failure.
+    """
+    scores, noise, _, _ = standardised(data)
+    kept = thinned(data.scores, MAX_FITTED)
+    groups = np.arange(data.points.shape[1]) if data.groups is None else data.groups
+    return fitted(data.points[kept], scores[kept], noise[kept], groups)
 
 
 def fit(data: Observations) -> SingleTaskGP:
-    """Return a Gaussian process fitted to standardised scores.
+    """Return a Gaussian process of standardised scores, see `standardised`, conditioned on what is known.
 
-    All trials are scored on the same items, so most of a score's standard error is common to all of them and moves
-    no comparison; how much is left is fitted (prior of Hvarfner et al. 2024, arXiv 2402.02229, as in BoTorch). What
-    the variance of a trial that was scored on fewer items exceeds the least one by is known, and given.
+    Raises:
+        FitError: a numerical failure.
     """
-    spread = float(data.scores.std(ddof=1)) if len(data.scores) > 1 else 0.0
-    spread = spread if spread > 0 else 1.0
+    found = hyperparameters(data)
+    scores, noise, _, _ = standardised(data)
     x = torch.as_tensor(data.points, dtype=torch.float64)
-    y = torch.as_tensor((data.scores - data.scores.mean()) / spread, dtype=torch.float64).unsqueeze(-1)
-    excess = np.maximum(data.variances - data.variances.min(), 0.0) / spread**2
-    noise = torch.as_tensor(excess, dtype=torch.float64).clamp_min(_NOISE_FLOOR)
-    prior = LogNormalPrior(loc=-4.0, scale=1.0)
-    likelihood = FixedNoiseGaussianLikelihood(
-        noise=noise,
-        learn_additional_noise=True,
-        noise_prior=prior,
-        noise_constraint=GreaterThan(1e-4, transform=None, initial_value=prior.mode),
-    )
-    model = SingleTaskGP(x, y, train_Yvar=noise.unsqueeze(-1), likelihood=likelihood, outcome_transform=None)
-    mll = ExactMarginalLogLikelihood(model.likelihood, model)
-    fit_gpytorch_mll(mll, optimizer_kwargs={"options": {"maxiter": _FIT_STEPS}})
+    y = torch.as_tensor(scores, dtype=torch.float64).unsqueeze(-1)
+    kernel = ScaleKernel(MaternKernel(nu=2.5, ard_num_dims=x.shape[-1])).double()
+    kernel.base_kernel.lengthscale = torch.as_tensor(found.lengthscales)
+    kernel.outputscale = torch.as_tensor(found.scale)
+    variances = torch.as_tensor(noise + found.nugget).unsqueeze(-1)
+    model = SingleTaskGP(x, y, train_Yvar=variances, covar_module=kernel, outcome_transform=None)
+    model.mean_module.initialize(constant=found.mean)
+    model.requires_grad_(False)
+    model.eval()
     return model
+
+
+def _thinned(data: Observations) -> Observations:
+    """Return at most `MAX_POINTS` observations; conditioning takes cubic time."""
+    kept = thinned(data.scores, MAX_POINTS)
+    known = {"points": data.points[kept], "scores": data.scores[kept], "variances": data.variances[kept]}
+    return dataclasses.replace(data, **known)
 
 
 def _acquisition(data: Observations, seed: int) -> qLogNoisyExpectedImprovement:
