@@ -22,7 +22,7 @@ FLOORS = [
     ["pruning", "search.dimensions", "search.space", "search.parameters", "tuning.items", "tuning.scoring"],
     ["checkpoints", "placement"],
     ["modeling_adasearch"],
-    ["models", "data", "tokenization", "search.surrogate", "tuning.cloze"],
+    ["models", "data", "tokenization", "search.surrogate", "search.gaussian", "tuning.cloze"],
     ["pruning.calibration", "pruning.surgery", "pruning.compensation", "pruning.masking", "pruning.schedule"],
     ["outlined"],
     ["tuning", "loading"],

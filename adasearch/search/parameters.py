@@ -125,6 +125,12 @@ class Encoding:
             start = stop
         self.num_columns = start
 
+    @property
+    def groups(self) -> np.ndarray:
+        """Return for each column the index of its parameter (d integers)."""
+        widths = [columns.stop - columns.start for columns in self._columns.values()]
+        return np.repeat(np.arange(len(widths)), widths)
+
     def features(self, params: Mapping[str, Any], active: Collection[str]) -> np.ndarray:
         """Return the features (d float64) of a point of which the parameters `active` have an effect."""
         row = np.zeros(self.num_columns)

@@ -26,8 +26,10 @@ _LOG = logging.getLogger(__name__)
 NUM_RANDOM = 256
 NUM_PARENTS = 8
 NUM_CHILDREN = 32
+NUM_PERTURBED = 20
+MANY_PARAMETERS = 24
 _TRIES = 64
-STDERR, RECIPE = "stderr", "recipe"
+STDERR, NOISE, RECIPE = "stderr", "paired_stderr", "recipe"
 
 
 def derived_seed(seed: int, number: int, purpose: str = "") -> int:
@@ -82,8 +84,9 @@ class BoTorchSampler(BaseSampler):
     """Proposes by noisy expected improvement over a Gaussian process; see `adasearch.search.surrogate`.
 
     The first `startup` trials that are no recipes come from a quasi-random sequence. A trial's user attribute
-    ``stderr`` is the standard error of its value. Running trials count as pending, failed ones not at all. Points
-    that are the same trial as an earlier one are avoided. When the model fails, TPE proposes instead.
+    ``paired_stderr`` is the standard error of its value against those of the others, ``stderr`` the plain one. Running
+    trials count as pending, failed ones not at all. Points that are the same trial as an earlier one are avoided. When
+    the model fails, TPE proposes instead.
 
     Args:
         space: whose points are proposed; None takes whatever parameters all trials of the study have in common.
@@ -160,7 +163,7 @@ class BoTorchSampler(BaseSampler):
         known: set[str],
         turn: tuple[int, float],
     ) -> dict[str, Any]:
-        from adasearch.search.surrogate import Observations, propose
+        from adasearch.search import surrogate
 
         number, sign = turn
 
@@ -170,19 +173,27 @@ class BoTorchSampler(BaseSampler):
         def moved(index: int, row: np.ndarray) -> dict[str, Any]:
             return view.encoding.moved(candidates[index], view.active(candidates[index]), row)
 
-        scores = np.array([sign * _value(t) for t in scored])
-        data = Observations(
+        data = surrogate.Observations(
             points=np.array([features(t.params) for t in scored]),
-            scores=scores,
-            variances=np.array([_variance(t) for t in scored]),
+            scores=np.array([sign * _value(t) for t in scored]),
+            variances=_variances(scored),
             pending=np.array([features(t.params) for t in pending]),
+            groups=view.encoding.groups,
         )
         seed = derived_seed(self._seed, number, "candidates")
-        parents = [scored[i].params for i in np.argsort(-scores, kind="stable")[:NUM_PARENTS]]
-        candidates = _candidates(view, parents, known, seed)
+        model = surrogate.fit(data)
+        # by the model's mean, because the best of noisy scores is the luckiest
+        order = np.argsort(-surrogate.means(model, data.points), kind="stable")[:NUM_PARENTS]
+        region = region_length(data.scores, len(view.encoding.parameters))
+        candidates = _candidates(view, [scored[i].params for i in order], known, seed, region)
         free = np.array([view.encoding.free(view.active(params)) for params in candidates])
         rows = np.array([features(params) for params in candidates])
-        ranked = propose(data, rows, free, lambda i, row: features(moved(i, row)), seed, len(rows))
+
+        def snapped(index: int, row: np.ndarray) -> np.ndarray:
+            return features(moved(index, row))
+
+        where = surrogate.Candidates(points=rows, free=free, snap=snapped, reach=region / 2)
+        ranked = surrogate.propose(data, where, seed, len(rows), model)
         for proposal in ranked:
             params = moved(proposal.index, proposal.features)
             if view.key(params) not in known:
@@ -194,12 +205,63 @@ class BoTorchSampler(BaseSampler):
         return sampler.sample_relative(study, trial, sampler.infer_relative_search_space(study, trial))
 
 
-def _candidates(view: _View, parents: list[dict[str, Any]], known: set[str], seed: int) -> list[dict[str, Any]]:
+def region_length(scores: np.ndarray, num_parameters: int) -> float:
+    """Return the side, in unit coordinates, of the region around the best point in which new points are looked for.
+
+    Up to `MANY_PARAMETERS` it is everywhere, 2. Beyond that a model of few trials knows nothing far from them, and the
+    region is that of TuRBO (Eriksson et al., NeurIPS 2019): doubled after 3 trials in a row that improve on the best,
+    halved after so many that do not as there are parameters divided by 4, between 0.8 and 0.05; when it would get
+    smaller it starts anew.
+
+    Args:
+        scores: of the trials so far, in their order, higher is better.
+        num_parameters: of the space.
+    """
+    if num_parameters <= MANY_PARAMETERS:
+        return 2.0
+    length, successes, failures, patience = 0.8, 0, 0, max(5, num_parameters // 4)
+    best = -math.inf
+    for score in scores:
+        better = score > best
+        best = max(best, float(score))
+        successes, failures = (successes + 1, 0) if better else (0, failures + 1)
+        if successes == 3:
+            length, successes = min(0.8, 2.0 * length), 0
+        elif failures == patience:
+            length, failures = length / 2.0, 0
+            length = 0.8 if length < 0.05 else length
+    return length
+
+
+def _nearby(encoding: Encoding, params: dict[str, Any], length: float, rng: np.random.Generator) -> dict[str, Any]:
+    """Return a point of the region of side `length` around a point that differs in about 20 parameters.
+
+    Many parameters changed at once by a little seldom do good (Regis & Shoemaker 2013).
+    """
+    result = dict(params)
+    share = min(1.0, NUM_PERTURBED / len(encoding.parameters))
+    for name, parameter in encoding.parameters.items():
+        if rng.random() >= share:
+            continue
+        unit = float(rng.random())
+        if not isinstance(parameter, CategoricalParameter):
+            unit = parameter.to_unit(result[name]) + length * (unit - 0.5)
+        result[name] = parameter.from_unit(unit)
+    return result
+
+
+def _candidates(
+    view: _View, parents: list[dict[str, Any]], known: set[str], seed: int, region: float
+) -> list[dict[str, Any]]:
     """Return quasi-random points and neighbours of the best, without repetition, new ones if there are any."""
     rng = np.random.default_rng(seed)
-    sequence = qmc.Sobol(len(view.encoding.parameters), scramble=True, seed=seed)
-    points = [view.encoding.from_units(units) for units in sequence.random(NUM_RANDOM)]
-    points += [view.encoding.mutated(parent, rng) for parent in parents for _ in range(NUM_CHILDREN)]
+    encoding = view.encoding
+    sequence = qmc.Sobol(len(encoding.parameters), scramble=True, seed=seed)
+    everywhere = region > 1.0
+    points = [encoding.from_units(units) for units in sequence.random(NUM_RANDOM if everywhere else NUM_RANDOM // 8)]
+    points += [encoding.mutated(parent, rng) for parent in parents for _ in range(NUM_CHILDREN)]
+    if not everywhere:
+        points += [_nearby(encoding, parents[0], region, rng) for _ in range(NUM_RANDOM)]
     distinct = {view.key(params): params for params in points}
     new = [params for key, params in distinct.items() if key not in known]
     return new or list(distinct.values())
@@ -214,7 +276,23 @@ def _value(trial: FrozenTrial) -> float:
     return float(trial.values[0])
 
 
-def _variance(trial: FrozenTrial) -> float:
-    stderr = trial.user_attrs.get(STDERR, 0.0)
-    known = isinstance(stderr, int | float) and math.isfinite(stderr)
-    return float(stderr) ** 2 if known else 0.0
+def _variances(scored: list[FrozenTrial]) -> np.ndarray:
+    """Return the noise variances of scores: what moves one against the others.
+
+    That is the squared paired standard error, of which a trial that has none (the first one has no other to be paired
+    with) takes the median. Where no trial has one, most of a plain standard error is common to all, as all are scored
+    on the same items, and what a trial's variance exceeds the least one by counts.
+    """
+    paired = np.array([_positive(t.user_attrs.get(NOISE)) for t in scored])
+    known = paired[np.isfinite(paired)]
+    if len(known):
+        return np.square(np.where(np.isfinite(paired), paired, np.median(known)))
+    plain = np.nan_to_num(np.array([_positive(t.user_attrs.get(STDERR)) for t in scored]), nan=0.0)
+    variances = np.square(plain)
+    return np.asarray(variances - variances.min())
+
+
+def _positive(error: Any) -> float:
+    """Return a standard error, nan where it is none."""
+    known = isinstance(error, int | float) and math.isfinite(error) and error >= 0
+    return float(error) if known else math.nan

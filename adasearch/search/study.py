@@ -28,6 +28,7 @@ from adasearch.documents import plain, read_yaml
 from adasearch.errors import ConfigError, StorageError
 from adasearch.records import (
     Record,
+    read_items,
     read_record,
     read_records,
     storage_errors,
@@ -36,9 +37,10 @@ from adasearch.records import (
 )
 from adasearch.search import lease
 from adasearch.search.executor import printable
+from adasearch.search.noise import Consensus
 from adasearch.search.notes import study_note, trial_note
 from adasearch.search.outcomes import Asked, Recipe, lag, num_workers, settled
-from adasearch.search.sampler import RECIPE, STDERR, distributions
+from adasearch.search.sampler import NOISE, RECIPE, STDERR, distributions
 from adasearch.search.samplers import make_sampler
 from adasearch.search.space import Space
 
@@ -112,6 +114,7 @@ class SearchStudy:
         with _database(self._path):
             (run / "artifacts").mkdir(exist_ok=True)
             self._study = self._open()
+            self._consensus = self._told_consensus()
 
     def _open(self) -> optuna.Study:
         try:
@@ -178,7 +181,7 @@ class SearchStudy:
             if frozen.state.is_finished():
                 return
             trial = self._handle(frozen)
-            for key, item in _attributes(record).items():
+            for key, item in {**_attributes(record), **self._noise(record)}.items():
                 trial.set_user_attr(key, item)
             save_note(trial, trial_note(record, dense))
             self._upload(frozen, trial_folder(self._run, record.number, record.attempt))
@@ -186,6 +189,28 @@ class SearchStudy:
             score = record.result.score if record.result else None
             state = TrialState.FAIL if score is None else TrialState.COMPLETE
             self._study.tell(record.number, score, state=state, skip_if_finished=True)
+        self._count_in(record.number, record.attempt, full=bool(record.result and not record.result.stopped))
+
+    def _told_consensus(self) -> Consensus:
+        """Return the consensus of the trials that were told, in their order."""
+        self._consensus = Consensus()
+        for frozen in self._study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
+            full = frozen.user_attrs.get("state") == "done"
+            self._count_in(frozen.number, int(frozen.user_attrs.get("attempt", 1)), full=full)
+        return self._consensus
+
+    def _count_in(self, number: int, attempt: int, *, full: bool) -> None:
+        values = read_items(trial_folder(self._run, number, attempt)) if full else None
+        if values:
+            self._consensus.add(values)
+
+    def _noise(self, record: Record) -> dict[str, float]:
+        """Return the paired standard error of a trial's score, the plain one of a score that is no mean of items."""
+        if record.result is None:
+            return {}
+        values = read_items(trial_folder(self._run, record.number, record.attempt))
+        error = self._consensus.error(values) if values else record.result.stderr
+        return {} if error is None else {NOISE: error}
 
     def note(self, dense: TrialResult | None, best: Record | None) -> None:
         """Write where the study stands into its note."""

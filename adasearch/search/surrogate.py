@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from adasearch.search.gaussian import MAX_FITTED, FitError, Hyperparameters, fit
 
 __all__ = ["FitError", "Observations", "Proposal", "fit", "propose"]
 
-MAX_POINTS = 500
+MAX_POINTS, MAX_BASELINE = 500, 60
 _NUM_DRAWS = 64
 _NUM_STARTS = 4
 _ASCENT_STEPS = 20
@@ -60,47 +61,60 @@ class Proposal:
     features: np.ndarray
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Candidates:
+    """Points to choose from, and how they may be moved.
+
+    Args:
+        points: Q×d features.
+        free: Q×d bool, the columns of each candidate that may be moved.
+        snap: candidate index and features (d) -> the features (d) of the nearest point that exists.
+        reach: how far a column may be moved.
+    """
+
+    points: np.ndarray
+    free: np.ndarray
+    snap: Callable[[int, np.ndarray], np.ndarray]
+    reach: float = 1.0
+
+
 def propose(
-    data: Observations,
-    candidates: np.ndarray,
-    free: np.ndarray,
-    snap: Callable[[int, np.ndarray], np.ndarray],
-    seed: int,
-    num: int,
+    data: Observations, candidates: Candidates, seed: int, num: int, model: SingleTaskGP | None = None
 ) -> list[Proposal]:
     """Return the `num` best points, best first, by noisy expected improvement on what is known and running.
 
-    The best candidates are moved uphill along their free columns, rounded by `snap`, and compared again.
+    The improvement is on the best of the known points under the model, not on the luckiest observation (Letham et al.
+    2019; Ament et al. 2023, arXiv 2310.20708). The best candidates are moved uphill along their free columns, rounded,
+    and compared again.
 
     Args:
         data: what is known.
-        candidates: Q×d features.
-        free: Q×d bool, the columns of each candidate that may be moved.
-        snap: candidate index and features (d) -> the features (d) of the nearest point that exists.
+        candidates: where to look.
         seed: of every random draw.
         num: how many points to return.
+        model: what `fit` gives for `data`; None fits it.
 
     Raises:
         FitError: a numerical failure.
     """
-    rounded, index = candidates, np.arange(len(candidates))
+    points = candidates.points
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         try:
-            gain = _acquisition(_thinned(data), seed)
-            values = _evaluated(gain, candidates)
+            gain = _acquisition(fit(data) if model is None else model, data, seed)
+            values = _evaluated(gain, points)
             best = np.argsort(-values, kind="stable")[:_NUM_STARTS]
-            moved = _ascended(gain, candidates[best], free[best])
-            snapped = np.array([snap(int(i), row) for i, row in zip(best, moved, strict=True)])
+            moved = _ascended(gain, points[best], candidates.free[best], candidates.reach)
+            snapped = np.array([candidates.snap(int(i), row) for i, row in zip(best, moved, strict=True)])
             values = np.concatenate([values, _evaluated(gain, snapped)])
         except (BotorchError, NanError, NotPSDError, RuntimeError, ValueError) as error:
             raise FitError(f"{type(error).__name__}: {error}") from error
     if not np.isfinite(values).all():
         raise FitError("the acquisition function is not finite")
-    rounded, index = np.concatenate([rounded, snapped]), np.concatenate([index, best])
+    rows, index = np.concatenate([points, snapped]), np.concatenate([np.arange(len(points)), best])
     order = np.argsort(-values, kind="stable")[:num]
-    return [Proposal(index=int(index[i]), features=rounded[i]) for i in order]
+    return [Proposal(index=int(index[i]), features=rows[i]) for i in order]
 
 
 def thinned(scores: np.ndarray, most: int) -> np.ndarray:
@@ -136,9 +150,13 @@ def hyperparameters(data: Observations) -> Hyperparameters:
 def fit(data: Observations) -> SingleTaskGP:
     """Return a Gaussian process of standardised scores, see `standardised`, conditioned on what is known.
 
+    It is conditioned on at most `MAX_POINTS` observations, which takes cubic time.
+
     Raises:
         FitError: a numerical failure.
     """
+    kept = thinned(data.scores, MAX_POINTS)
+    data = dataclasses.replace(data, points=data.points[kept], scores=data.scores[kept], variances=data.variances[kept])
     found = hyperparameters(data)
     scores, noise, _, _ = standardised(data)
     x = torch.as_tensor(data.points, dtype=torch.float64)
@@ -149,24 +167,24 @@ def fit(data: Observations) -> SingleTaskGP:
     variances = torch.as_tensor(noise + found.nugget).unsqueeze(-1)
     model = SingleTaskGP(x, y, train_Yvar=variances, covar_module=kernel, outcome_transform=None)
     model.mean_module.initialize(constant=found.mean)
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # noqa: FBT003
     model.eval()
     return model
 
 
-def _thinned(data: Observations) -> Observations:
-    """Return at most `MAX_POINTS` observations; conditioning takes cubic time."""
-    kept = thinned(data.scores, MAX_POINTS)
-    known = {"points": data.points[kept], "scores": data.scores[kept], "variances": data.variances[kept]}
-    return dataclasses.replace(data, **known)
+def means(model: SingleTaskGP, points: np.ndarray) -> np.ndarray:
+    """Return the model's mean (standardised) at each of Q×d points."""
+    with torch.no_grad():
+        found: np.ndarray = model.posterior(torch.as_tensor(points, dtype=torch.float64)).mean.squeeze(-1).numpy()
+    return found
 
 
-def _acquisition(data: Observations, seed: int) -> qLogNoisyExpectedImprovement:
-    model = fit(data)
+def _acquisition(model: SingleTaskGP, data: Observations, seed: int) -> qLogNoisyExpectedImprovement:
     pending = torch.as_tensor(data.pending, dtype=torch.float64) if len(data.pending) else None
+    kept = thinned(means(model, data.points), MAX_BASELINE)
     return qLogNoisyExpectedImprovement(
         model=model,
-        X_baseline=torch.as_tensor(data.points, dtype=torch.float64),
+        X_baseline=torch.as_tensor(data.points[kept], dtype=torch.float64),
         sampler=SobolQMCNormalSampler(torch.Size([_NUM_DRAWS]), seed=seed % 2**31),
         prune_baseline=True,
         X_pending=pending,
@@ -180,13 +198,14 @@ def _evaluated(gain: qLogNoisyExpectedImprovement, points: np.ndarray) -> np.nda
         return torch.cat([gain(part) for part in torch.split(x, 128)]).numpy()
 
 
-def _ascended(gain: qLogNoisyExpectedImprovement, starts: np.ndarray, free: np.ndarray) -> np.ndarray:
-    """Return starts (S×d) moved uphill along their free columns, within [0, 1]."""
+def _ascended(gain: qLogNoisyExpectedImprovement, starts: np.ndarray, free: np.ndarray, reach: float) -> np.ndarray:
+    """Return starts (S×d) moved uphill along their free columns, by at most `reach` and within [0, 1]."""
     if not free.any():
         return starts
     x = torch.as_tensor(starts, dtype=torch.float64).unsqueeze(-2)
     mask = torch.as_tensor(free).unsqueeze(-2)
-    lower, upper = torch.where(mask, torch.zeros_like(x), x), torch.where(mask, torch.ones_like(x), x)
+    room = mask.double() * reach
+    lower, upper = (x - room).clamp(0.0, 1.0), (x + room).clamp(0.0, 1.0)
     moved: Tensor
     moved, _ = gen_candidates_scipy(
         x, gain, lower_bounds=lower, upper_bounds=upper, options={"maxiter": _ASCENT_STEPS}, use_parallel_mode=False

@@ -1,8 +1,10 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from adasearch.search.surrogate import MAX_POINTS, FitError, Observations, _thinned, fit, propose
+from adasearch.search.surrogate import Candidates, FitError, Observations, fit, propose, thinned
 
 
 def data_of(n=20, d=4, noise=0.02, pending=(), seed=0):
@@ -18,7 +20,8 @@ def candidates_of(q=200, d=4, seed=1):
 
 def run(data, candidates=None, free=True, snap=lambda index, row: row, seed=0, num=3):
     candidates = candidates_of(d=data.points.shape[1]) if candidates is None else candidates
-    return propose(data, candidates, np.full(candidates.shape, free), snap, seed, num)
+    where = Candidates(points=candidates, free=np.full(candidates.shape, free), snap=snap)
+    return propose(data, where, seed, num)
 
 
 def test_the_same_seed_gives_the_same_points():
@@ -37,7 +40,8 @@ def test_fixed_columns_are_not_moved():
     candidates = candidates_of()
     free = np.zeros(candidates.shape, dtype=bool)
     free[:, 0] = True
-    for proposal in propose(data_of(), candidates, free, lambda index, row: row, 0, 204):
+    where = Candidates(points=candidates, free=free, snap=lambda index, row: row)
+    for proposal in propose(data_of(), where, 0, 204):
         assert np.array_equal(proposal.features[1:], candidates[proposal.index][1:])
 
 
@@ -85,11 +89,29 @@ def test_what_is_not_finite_is_a_fit_error():
 
 
 def test_many_points_are_thinned_to_the_best_and_the_latest():
-    data = data_of(n=400)
-    kept = _thinned(data)
-    assert len(kept.scores) == MAX_POINTS
-    assert kept.scores.max() == data.scores.max()
-    assert kept.scores[-1] == data.scores[-1]
+    scores = data_of(n=400).scores
+    kept = thinned(scores, 300)
+    assert len(set(kept.tolist())) == 300
+    assert (np.diff(kept) > 0).all()
+    assert set(np.argsort(-scores)[:100]) <= set(kept)
+    assert set(range(300, 400)) <= set(kept)
+    assert thinned(scores, 400).tolist() == list(range(400))
+
+
+def test_columns_of_one_parameter_share_a_lengthscale():
+    data = data_of(n=25)
+    tied = dataclasses.replace(data, groups=np.array([0, 0, 1, 2]))
+    lengths = fit(tied).covar_module.base_kernel.lengthscale.flatten()
+    assert lengths[0] == lengths[1] != lengths[2]
+    own = fit(data).covar_module.base_kernel.lengthscale.flatten()
+    assert len(set(own.tolist())) == 4
+
+
+def test_points_are_moved_no_farther_than_allowed():
+    candidates = candidates_of()
+    where = Candidates(points=candidates, free=np.full(candidates.shape, True), snap=lambda i, row: row, reach=0.05)
+    for proposal in propose(data_of(), where, 0, 204):
+        assert np.abs(proposal.features - candidates[proposal.index]).max() <= 0.05 + 1e-12
 
 
 def test_the_callers_random_state_and_threads_are_left_alone():
