@@ -292,7 +292,8 @@ def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
     train = getattr(trial.recovery.options, "tokens", 0)
     items = sum(len(ids) for ids in checked.items["search"].values())
     tokens = study.fidelity.divergence
-    compared = f"divergence from the dense model on {tokens:,} tokens, " if tokens else ""
+    again = f" (again after {study.fidelity.midway:.0%} of the recovery)" if 0 < study.fidelity.midway < 1 else ""
+    compared = f"divergence from the dense model on {tokens:,} tokens{again}, " if tokens else ""
     yield f"each trial: {compared}{train:,} tokens of {trial.recovery.type} recovery, {items} items"
     yield from _describe_placement(study, checked.shape)
     final = getattr(study.finalize.recovery.options, "tokens", 0)

@@ -186,13 +186,14 @@ class TrialResult:
     """What a trial gives back.
 
     Args:
-        score: the objective, higher is better; for a stopped trial the estimate paired with the best trial.
-        stderr: its standard error over items.
+        score: the objective, higher is better; for a trial that stopped while it was scored the estimate paired with
+            the best trial, for one that stopped earlier the prediction from its last rung.
+        stderr: its standard error over items, or of the prediction.
         tasks: scores per task on the items that were scored.
         parameters: of the model after the cut.
         widths: units kept, by group name.
         items: number of items scored.
-        stopped: it was behind with confidence and stopped early.
+        stopped: it ended at a rung, before all items were scored.
         seconds: by phase.
         peak_bytes: peak resident memory of the worker during the trial, mapped base weights included.
         notes: facts for the reader, such as loss before and after recovery.
@@ -210,6 +211,11 @@ class TrialResult:
     peak_bytes: int
     notes: dict[str, float | str]
     rungs: tuple[Rung, ...] = ()
+
+    @property
+    def measured(self) -> bool:
+        """Return whether the score comes from items scored after the recovery, and is no prediction from a rung."""
+        return not (self.stopped and self.rungs and self.rungs[-1].kind != "recovered")
 
 
 @value

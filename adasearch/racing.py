@@ -12,9 +12,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+import pydantic
 
 from adasearch.documents import Finite, Fraction, Index, NonNegative, Positive, Share, value
 
@@ -24,32 +25,44 @@ TaskValues = dict[str, np.ndarray]
 
 @value
 class FidelityConfig:
-    """What is measured of a trial before its recovery, at low cost; neither stops a trial or changes its score.
+    """What is measured of a trial before it is scored, at low cost, and whether a trial stops by it.
+
+    Measuring changes no score. The arithmetic of stopping is `adasearch.promotion`.
 
     Args:
         divergence: tokens on which the cut model is compared with the dense one, 0 for none. They come from all corpora
             that trials may calibrate on, from the part that search items come from: no trial is calibrated or recovered
             on them, and no report item or perplexity reads them.
         unrecovered: share of the search items that are scored before the recovery too, 0 for none.
-        midway: share of the recovery after which the divergence is measured once more, 0 for never.
+        midway: share of the recovery after which the divergence is measured once more; 0, 1, or a `divergence` of 0,
+            for never. A recovery of a single step has no such place.
+        stop: by what a trial stops at one of these rungs. ``value``: what is left of it promises less for its cost than
+            a new trial does; ``halving``: it is not among the best 1 / `eta` that reached the rung; ``none``: it goes
+            on.
+        threshold: under ``value``, how many times as much as a new trial the rest must promise for its cost. Below 1,
+            because a trial that is scored in full also tells the optimizer more.
+        eta: under ``halving``, one trial in so many goes on.
     """
 
     divergence: Index = 1024
     unrecovered: Share = 0.0
-    midway: Share = 0.0
+    midway: Share = 0.33
+    stop: Literal["none", "value", "halving"] = "value"
+    threshold: Positive = 0.5
+    eta: Annotated[float, pydantic.Field(gt=1, allow_inf_nan=False)] = 3.0
 
 
 @value
 class RacingConfig:
-    """When a trial stops early: after each of `rungs` (fractions of its items), if it is behind with confidence.
+    """When a trial stops while it is scored: after each of `rungs` (fractions of its items), if it is surely behind.
 
     Args:
-        enabled: false scores every item of every trial.
+        enabled: false scores every item of every trial that is scored; `FidelityConfig.stop` is about those before.
         rungs: after which fractions of the items it is looked.
         z: confidence of a single look in standard errors; it is corrected for the number of looks, see `upper_bound`.
-        grace: the first trials, this many, never race.
-        control: share of the trials, drawn by their number, that race and are looked at but never stopped: they show
-            what stopping costs.
+        grace: the first trials, this many, never race and are stopped at no rung.
+        control: share of the trials, drawn by their number, that race and are looked at but never stopped, at no rung:
+            they show what stopping costs.
     """
 
     enabled: bool = True
@@ -59,47 +72,58 @@ class RacingConfig:
     control: Share = 0.1
 
 
+Early = Literal["divergence", "unrecovered", "midway"]
+"""Rungs before the end of the recovery, in the order of a trial."""
+
+
 @value
 class Rung:
     """What was known of a trial at one point on its way.
 
     Args:
         kind: ``divergence``: mean KL(dense || cut) in nats per token right after the cut, lower is better;
-            ``unrecovered``: the objective on search items before the recovery; ``recovered``: after it.
+            ``unrecovered``: the objective on search items before the recovery; ``midway``: the divergence after a part
+            of the recovery; ``recovered``: the objective after it.
         share: of the search items that were scored, 0 for a divergence.
         value: the figure.
         stderr: its standard error, over windows of text or over items.
         seconds: that measuring it took, beyond the rung before.
+        spent: seconds of the whole trial until it was known.
         gap: mean paired difference to the rival on the same items, None where there was no race.
         bound: upper confidence bound of the gap.
+        least: merit below which a trial was to stop here, None where nothing was asked of it.
     """
 
-    kind: Literal["divergence", "unrecovered", "recovered"]
+    kind: Literal["divergence", "unrecovered", "midway", "recovered"]
     share: Share
     value: Finite
     stderr: NonNegative
     seconds: NonNegative
+    spent: NonNegative = 0.0
     gap: Finite | None = None
     bound: Finite | None = None
+    least: Finite | None = None
 
     @property
     def behind(self) -> bool:
-        """Return whether the trial was behind its rival with confidence."""
-        return self.bound is not None and self.bound < 0
+        """Return whether a trial stops here, unless it is of the control group."""
+        return (self.bound is not None and self.bound < 0) or (self.least is not None and self.merit < self.least)
 
     @property
     def merit(self) -> float:
         """Return the value with the sign that makes higher better."""
-        return -self.value if self.kind == "divergence" else self.value
+        return -self.value if self.kind in {"divergence", "midway"} else self.value
 
     @property
     def step(self) -> int:
-        """Return its place among the rungs of a trial: 0, 1, then percent of the items after the recovery."""
-        return {"divergence": 0, "unrecovered": 1}.get(self.kind, max(2, round(100 * self.share)))
+        """Return its place among the rungs of a trial: 0, 1, 2, then percent of the items after the recovery."""
+        return {"divergence": 0, "unrecovered": 1, "midway": 2}.get(self.kind, max(3, round(100 * self.share)))
 
     @property
     def label(self) -> str:
         """Return its name for a reader."""
+        if self.kind == "midway":
+            return "divergence midway through the recovery"
         return self.kind if self.kind == "divergence" else f"{self.kind}, {100 * self.share:.0f} % of items"
 
 

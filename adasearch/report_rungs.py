@@ -1,4 +1,4 @@
-"""What the rungs of a run's trials cost, and how well each of them ranks the trials as their final score does."""
+"""What the rungs of a run's trials cost and saved, and how well each ranks the trials as their final score does."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ class RungRow:
 
     Args:
         label: its name.
-        trials: how many they are: for a rung before the recovery all with a score, else those scored in full.
+        trials: how many they are: for a rung before the score all whose score was measured, else those scored in full.
         seconds: mean time that it takes.
         share: of the mean time of a whole trial.
         correlation: Spearman's, with the final search score: 1 if the rung ranks trials as that does; None for fewer
             than `FEW_TRIALS` trials, or where all are equal.
+        stopped: trials that ended there.
+        saved: seconds that this saved: of a trial scored in full on average, less what they took.
     """
 
     label: str
@@ -33,6 +35,8 @@ class RungRow:
     seconds: float
     share: float
     correlation: float | None
+    stopped: int
+    saved: float
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -54,15 +58,24 @@ def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return found
 
 
-def _judged(results: Sequence[TrialResult]) -> dict[str, list[tuple[Rung, TrialResult]]]:
-    """Return by label the rungs that can be held against a final score, but for that score itself."""
+def _by_label(results: Sequence[TrialResult]) -> dict[str, list[tuple[Rung, TrialResult]]]:
+    """Return by label the rungs of all trials, in the order of a trial, but for the final score itself."""
+    pairs = [(rung, result) for result in results for rung in result.rungs]
     found: dict[str, list[tuple[Rung, TrialResult]]] = {}
-    for result in results:
-        for rung in result.rungs:
-            # the score of a trial that stopped is its last rung in other words
-            if rung.kind != "recovered" or (rung.share < 1 and not result.stopped):
-                found.setdefault(rung.label, []).append((rung, result))
+    for rung, result in sorted(pairs, key=lambda pair: pair[0].step):
+        if rung.kind != "recovered" or rung.share < 1:
+            found.setdefault(rung.label, []).append((rung, result))
     return found
+
+
+def _judges(rung: Rung, result: TrialResult) -> bool:
+    """Return whether a rung can be held against the final score: that of a trial that stopped is its last rung."""
+    return not result.stopped if rung.kind == "recovered" else result.measured
+
+
+def _whole(results: Sequence[TrialResult]) -> float:
+    """Return the mean seconds of trials."""
+    return sum(sum(result.seconds.values()) for result in results) / max(1, len(results))
 
 
 def _correlation(pairs: Sequence[tuple[Rung, TrialResult]]) -> float | None:
@@ -75,22 +88,43 @@ def _correlation(pairs: Sequence[tuple[Rung, TrialResult]]) -> float | None:
 
 def rung_rows(results: Sequence[TrialResult]) -> list[RungRow]:
     """Return one row for each rung of a study's trials, in the order of a trial."""
-    whole = sum(sum(result.seconds.values()) for result in results) / max(1, len(results)) or 1.0
+    whole, full = _whole(results) or 1.0, _whole([result for result in results if not result.stopped])
     rows = []
-    for label, pairs in sorted(_judged(results).items(), key=lambda item: item[1][0][0].step):
+    for label, pairs in _by_label(results).items():
+        judged = [(rung, result) for rung, result in pairs if _judges(rung, result)]
+        ended = [result for rung, result in pairs if result.stopped and rung is result.rungs[-1]]
         seconds = float(np.mean([rung.seconds for rung, _ in pairs]))
-        correlation = _correlation(pairs)
         rows.append(
-            RungRow(label=label, trials=len(pairs), seconds=seconds, share=seconds / whole, correlation=correlation)
+            RungRow(
+                label=label,
+                trials=len(judged),
+                seconds=seconds,
+                share=seconds / whole,
+                correlation=_correlation(judged),
+                stopped=len(ended),
+                saved=max(0.0, full - _whole(ended)) * len(ended),
+            )
         )
     return rows
 
 
 def control_group(results: Sequence[TrialResult]) -> tuple[int, int]:
-    """Return how many trials were behind at a rung yet scored in full, and how many of them ended ahead of their rival.
+    """Return how many trials were behind at a rung yet scored in full, and how many ended ahead of the best before.
 
-    They are the control group of racing; the share of them that ended ahead is what stopping costs.
+    They are the control group; the share of them that ended ahead is what stopping costs. The best before is the rival
+    on the same items where there was a race, else the best score of the trials scored in full with lower numbers.
+
+    Args:
+        results: of a study's trials, by number.
     """
-    whole = [result.rungs for result in results if not result.stopped]
-    spared = [rungs[-1] for rungs in whole if any(rung.behind and rung.share < 1 for rung in rungs)]
-    return len(spared), sum(rung.gap is not None and rung.gap > 0 for rung in spared)
+    spared = ahead = 0
+    best = -math.inf
+    for result in results:
+        if result.stopped:
+            continue
+        if any(rung.behind for rung in result.rungs[:-1]):
+            gap = result.rungs[-1].gap
+            spared += 1
+            ahead += (result.score - best if gap is None else gap) > 0
+        best = max(best, result.score)
+    return spared, ahead

@@ -1,13 +1,13 @@
 """One trial: configuration -> smaller model -> score. The pipeline on one screen.
 
-outline -> calibrate -> score -> allocate -> select -> cut + compensate -> measure -> recover -> evaluate
+outline -> calibrate -> score -> allocate -> select -> cut + compensate -> measure -> recover, measure -> evaluate
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,12 @@ import numpy as np
 from adasearch import environment, models, outlining, racing, registry
 from adasearch.config import Component, TaskScore, TrialConfig, TrialResult
 from adasearch.errors import ConfigError, TrialError
+from adasearch.promotion import Gate
 from adasearch.pruning import allocation, schedule, surgery
 from adasearch.pruning.plan import PruningPlan
 from adasearch.pruning.schedule import ScheduleContext
 from adasearch.pruning.structure import WHOLE, Outline
-from adasearch.racing import Race, Rung, TaskValues
+from adasearch.racing import Early, Race, Rung, TaskValues
 from adasearch.tuning import divergence, evaluation, scoring
 from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
 
@@ -30,9 +31,11 @@ if TYPE_CHECKING:
     from adasearch.models import BaseModel
     from adasearch.pruning.statistics import Statistics
     from adasearch.pruning.structure import ModelStructure
+    from adasearch.tuning.decoder import Updates
     from adasearch.workbench import TaskItems, Workbench
 
 Observer = Callable[[str, float | None], None]
+Look = Callable[[int, int, "Updates"], None]
 Blocks = dict[str, tuple[scoring.EncodedItem, ...]]
 
 
@@ -49,7 +52,7 @@ class Clock:
         self.seconds: dict[str, float] = {}
         self.phase = ""
         self._observer = observer
-        self._since = time.perf_counter()
+        self._begun = self._since = time.perf_counter()
 
     def enter(self, phase: str, progress: float | None = None) -> None:
         """End the current phase and begin `phase`; the same phase again only reports progress."""
@@ -59,6 +62,11 @@ class Clock:
                 self.seconds[self.phase] = round(self.seconds.get(self.phase, 0.0) + now - self._since, 3)
             self.phase, self._since = phase, now
         self._observer(phase, progress)
+
+    @property
+    def spent(self) -> float:
+        """Return the seconds since this clock was made."""
+        return time.perf_counter() - self._begun
 
     @property
     def peak_bytes(self) -> int:
@@ -86,7 +94,7 @@ class Evaluated:
     """What scoring gave: scores by task, the value of each item, and the estimate of the objective.
 
     Args:
-        stopped: the model was behind its rival with confidence before all items were scored.
+        stopped: the trial ended before all items were scored.
         rungs: the objective after each block of items.
     """
 
@@ -145,8 +153,10 @@ def prune(config: TrialConfig, bench: Workbench, clock: Clock) -> Pruned:
     return Pruned(model=model, structure=structure, plan=decision.plan, base=base)
 
 
-def recover(pruned: Pruned, recovery: Component, config: TrialConfig, bench: Workbench, clock: Clock) -> RecoveryReport:
-    """Tune the smaller model in place and return what was done."""
+def recover(
+    pruned: Pruned, recovery: Component, config: TrialConfig, bench: Workbench, clock: Clock, look: Look | None = None
+) -> RecoveryReport:
+    """Tune the smaller model in place and return what was done; `look` is that of a `RecoveryContext`."""
     clock.enter("recover")
     outline = pruned.structure.outline
     tokens = bench.recovery_tokens(recovery, config.calibration.corpus, config.seed, outline)
@@ -158,35 +168,88 @@ def recover(pruned: Pruned, recovery: Component, config: TrialConfig, bench: Wor
         device=str(bench.device),
         report=lambda step, total, _loss: clock.enter("recover", step / total),
         teacher=bench.dense() if taught else None,
+        look=look,
     )
     entry = registry.RECOVERY.get(recovery.type)
     report: RecoveryReport = entry.function(pruned.model, pruned.structure, tokens, recovery.options, context)
     return report
 
 
-def measure(pruned: Pruned, bench: Workbench, clock: Clock) -> tuple[Rung, ...]:
-    """Return what the study wants to know of a model right after its cut; the model stays as it is.
+class Stopped(Exception):  # noqa: N818 - a decision, no error; it must pass through the training loop
+    """The trial ends at a rung, with the score that is to be expected of it."""
 
-    Models of different vocabularies have no common distribution to diverge from.
+    def __init__(self, found: Evaluated) -> None:
+        super().__init__(found.score)
+        self.found = found
+
+
+class Ascent:
+    """The way of one trial from the cut to its score: measures its rungs, and stops it at the first gate it fails.
+
+    Args:
+        pruned: the model after the cut.
+        bench: holds what it is measured on.
+        clock: told what is going on.
+        gates: what is asked of the trial, see `promotion`.
     """
-    wanted, rungs = bench.study.fidelity, []
-    model, outline = pruned.model, pruned.structure.outline
-    if wanted.divergence and outline.tokens is None:
-        clock.enter("divergence")
-        reference = bench.reference()  # made by a worker's first trial, whose cost it is not
+
+    def __init__(self, pruned: Pruned, bench: Workbench, clock: Clock, gates: Sequence[Gate] = ()) -> None:
+        self.rungs: tuple[Rung, ...] = ()
+        self._pruned, self._bench, self._clock = pruned, bench, clock
+        self._gates = {gate.kind: gate for gate in gates}
+        # models of different vocabularies have no common distribution to diverge from
+        self._diverges = bench.study.fidelity.divergence > 0 and pruned.structure.outline.tokens is None
+
+    def measure(self) -> None:
+        """Measure what the study wants to know of a model right after its cut; the model stays as it is.
+
+        Raises:
+            Stopped: at a gate.
+        """
+        if self._diverges:
+            self._diverge("divergence")
+        share = self._bench.study.fidelity.unrecovered
+        if share:
+            self._clock.enter("unrecovered")
+            tasks = self._bench.items("search", self._pruned.structure.outline)
+            begun = time.perf_counter()
+            logliks = score_blocks(self._pruned.model, first_items(tasks, share))
+            found = evaluation.objective(task_scores(tasks, logliks), self._bench.study.objective.metric)
+            self._pass("unrecovered", share, found, begun)
+
+    def look(self, step: int, steps: int, updates: Updates) -> None:
+        """Measure the divergence once in the course of the recovery; a `RecoveryContext.look`.
+
+        Raises:
+            Stopped: at its gate.
+        """
+        share = self._bench.study.fidelity.midway
+        if self._diverges and 0 < share < 1 and step == max(1, round(share * steps)):
+            self._diverge("midway", updates)
+            self._clock.enter("recover", step / steps)
+
+    def _diverge(self, kind: Early, updates: Updates | None = None) -> None:
+        self._clock.enter(kind)
+        reference = self._bench.reference()  # made by a worker's first trial, whose cost it is not
         begun = time.perf_counter()
-        mean, error = divergence.divergence(model, reference)
-        seconds = time.perf_counter() - begun
-        rungs.append(Rung(kind="divergence", share=0.0, value=mean, stderr=error, seconds=seconds))
-    if wanted.unrecovered:
-        clock.enter("unrecovered")
-        metric, tasks = bench.study.objective.metric, bench.items("search", outline)
-        begun = time.perf_counter()
-        logliks = score_blocks(model, first_items(tasks, wanted.unrecovered))
-        mean, error = evaluation.objective(task_scores(tasks, logliks), metric)
-        seconds = time.perf_counter() - begun
-        rungs.append(Rung(kind="unrecovered", share=wanted.unrecovered, value=mean, stderr=error, seconds=seconds))
-    return tuple(rungs)
+        self._pass(kind, 0.0, divergence.divergence(self._pruned.model, reference, updates), begun)
+
+    def _pass(self, kind: Early, share: float, found: tuple[float, float], begun: float) -> None:
+        """Enter a rung, and end the trial there if its merit is below what its gate asks."""
+        gate = self._gates.get(kind)
+        rung = Rung(
+            kind=kind,
+            share=share,
+            value=found[0],
+            stderr=found[1],
+            seconds=time.perf_counter() - begun,
+            spent=self._clock.spent,
+            least=gate.least if gate else None,
+        )
+        self.rungs += (rung,)
+        if gate is not None and gate.stops and rung.behind:
+            score, stderr = gate.predict(rung.merit)
+            raise Stopped(Evaluated(tasks=(), values={}, score=score, stderr=stderr, stopped=True, rungs=()))
 
 
 def first_items(tasks: dict[str, TaskItems], share: float, after: dict[str, int] | None = None) -> Blocks:
@@ -232,8 +295,8 @@ def evaluate(
         score, stderr = evaluation.objective(scores, metric)
         gap, bound = racing.upper_bound(values, race.rival, rules.z, len(rules.rungs)) if race else (None, None)
         seconds = time.perf_counter() - begun
-        rungs.append(Rung(kind="recovered", share=share, value=score, stderr=stderr, seconds=seconds, gap=gap,
-                          bound=bound))  # fmt: skip
+        rungs.append(Rung(kind="recovered", share=share, value=score, stderr=stderr, seconds=seconds,
+                          spent=clock.spent, gap=gap, bound=bound))  # fmt: skip
         stopped = race is not None and race.stops and rungs[-1].behind and share < 1.0
         if stopped:
             break
@@ -255,7 +318,11 @@ def task_scores(tasks: dict[str, TaskItems], logliks: dict[str, list[np.ndarray]
 
 
 def run_trial(
-    data: dict[str, Any] | None, bench: Workbench, observer: Observer = silent, race: Race | None = None
+    data: dict[str, Any] | None,
+    bench: Workbench,
+    observer: Observer = silent,
+    race: Race | None = None,
+    gates: Sequence[Gate] = (),
 ) -> tuple[TrialResult, TaskValues]:
     """Run one trial and return its result and the value of every item that was scored, by task.
 
@@ -264,6 +331,7 @@ def run_trial(
         bench: what the worker keeps between trials; not changed.
         observer: called with (phase, progress in it or None).
         race: item values of the best trial so far, for early stopping.
+        gates: what is asked of the trial before its score; one that fails has no items and a predicted score.
 
     Raises:
         TrialError: the trial has no score, with the reason.
@@ -271,23 +339,26 @@ def run_trial(
     clock = Clock(observer)
     notes: dict[str, float | str] = {}
     rungs: tuple[Rung, ...] = ()
-    outline = WHOLE
     if data is None:
         clock.enter("load")
         dense = bench.structure()
-        model, widths, parameters = bench.dense(), dense.dense_widths(), dense.parameters
+        widths, parameters = dense.dense_widths(), dense.parameters
+        found = evaluate(bench.dense(), bench, clock, race)
     else:
         config = TrialConfig.from_dict(data, "trial")
         pruned = prune(config, bench, clock)
-        plan, outline = pruned.plan, pruned.structure.outline
-        model, widths, parameters = pruned.model, plan.dense_widths(pruned.structure), plan.parameters
-        rungs = measure(pruned, bench, clock)
-        notes = _loss_notes(recover(pruned, config.recovery, config, bench, clock))
-        del pruned
-    found = evaluate(model, bench, clock, race, outline)
+        widths, parameters = pruned.plan.dense_widths(pruned.structure), pruned.plan.parameters
+        ascent = Ascent(pruned, bench, clock, gates)
+        try:
+            ascent.measure()
+            notes = _loss_notes(recover(pruned, config.recovery, config, bench, clock, ascent.look))
+            found = evaluate(pruned.model, bench, clock, race, pruned.structure.outline)
+        except Stopped as stopped:
+            found = stopped.found
+        rungs = ascent.rungs
+        del pruned, ascent
     clock.enter("done")
     bench.assert_unchanged()
-    del model
     bench.release()
     result = TrialResult(
         score=found.score,

@@ -54,8 +54,9 @@ def run_assignment(task: Assignment, bench: Workbench) -> Record:
     folder = Path(task.folder)
     rival = read_items(Path(task.incumbent)) if task.incumbent else None
     race = Race(rival=rival, stops=not task.control) if rival else None
-    result, items = run_trial(task.config, bench, state_writer(folder), race)
-    write_items(folder, items)
+    result, items = run_trial(task.config, bench, state_writer(folder), race, task.gates)
+    if items:  # a trial that stopped before its score has none
+        write_items(folder, items)
     record = Record(number=task.number, attempt=task.attempt, recipe=task.recipe, config=task.config, result=result,
                     failure=None, environment=environment(bench))  # fmt: skip
     write_record(bench.run, record)

@@ -15,6 +15,7 @@ FLOORS = [
     ["registry"],
     ["documents"],
     ["racing", "library", "sections"],
+    ["promotion"],
     ["config"],
     ["records", "losses"],
     ["tuning.kernels", "tuning.head"],

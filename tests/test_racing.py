@@ -11,12 +11,19 @@ import pytest
 from scipy import stats
 
 from adasearch import racing
-from adasearch.config import load_study
+from adasearch.config import TrialConfig, load_study
 from adasearch.data import documents
 from adasearch.errors import DataError
+from adasearch.promotion import Gate
 from adasearch.racing import FidelityConfig, Race, RacingConfig, Rung
+from adasearch.records import read_items, read_record
+from adasearch.search.driver import Assignment
+from adasearch.search.gates import told_of
+from adasearch.search.notes import trial_note
+from adasearch.search.outcomes import Asked, copied_record
 from adasearch.trial import run_trial
 from adasearch.workbench import Workbench
+from adasearch.worker import run_assignment
 from tests.test_main_job import study_file
 
 
@@ -102,13 +109,14 @@ class TestArithmetic:
         found = [
             Rung(kind="divergence", share=0.0, value=0.4, **made),
             Rung(kind="unrecovered", share=1.0, value=0.2, **made),
+            Rung(kind="midway", share=0.0, value=0.3, least=-0.2, **made),
             Rung(kind="recovered", share=0.01, value=0.3, **made),
             Rung(kind="recovered", share=0.3, value=0.3, gap=-0.2, bound=-0.1, **made),
         ]
-        assert [rung.step for rung in found] == [0, 1, 2, 30]
-        assert [rung.merit for rung in found] == [-0.4, 0.2, 0.3, 0.3]
-        assert [rung.behind for rung in found] == [False, False, False, True]
-        assert found[3].label == "recovered, 30 % of items"
+        assert [rung.step for rung in found] == [0, 1, 2, 3, 30]
+        assert [rung.merit for rung in found] == [-0.4, 0.2, -0.3, 0.3, 0.3]
+        assert [rung.behind for rung in found] == [False, False, True, False, True]
+        assert found[4].label == "recovered, 30 % of items"
 
 
 def trial(importance="wanda_sp", tokens=256):
@@ -145,11 +153,16 @@ def alone(bench):
 def test_a_trial_records_what_was_known_on_its_way(alone):
     result, found = alone
     assert [(r.kind, r.share) for r in result.rungs] == [
-        ("divergence", 0.0), ("recovered", 0.3), ("recovered", 0.6), ("recovered", 1.0),
+        ("divergence", 0.0), ("midway", 0.0), ("recovered", 0.3), ("recovered", 0.6), ("recovered", 1.0),
     ]  # fmt: skip
     assert result.rungs[0].value > 0
+    assert result.rungs[1].value not in {0.0, result.rungs[0].value}  # one step of two has been made
+    spent = [rung.spent for rung in result.rungs]
+    assert spent == sorted(spent)
+    assert spent[-1] == pytest.approx(sum(result.seconds.values()), abs=0.5)
+    assert set(result.seconds) >= {"recover", "midway"}
     assert (result.rungs[-1].value, result.rungs[-1].stderr) == (result.score, result.stderr)
-    for rung, n in zip(result.rungs[1:], (6, 12, 20), strict=True):
+    for rung, n in zip(result.rungs[2:], (6, 12, 20), strict=True):
         assert rung.value == pytest.approx(np.mean([x[:n].mean() for x in found.values()]))
     assert all(rung.gap is None for rung in result.rungs)
     assert result.seconds["divergence"] >= result.rungs[0].seconds - 1e-3 > 0
@@ -157,19 +170,20 @@ def test_a_trial_records_what_was_known_on_its_way(alone):
 
 def test_what_is_measured_before_the_recovery_changes_no_score(alone, make_bench):
     none = make_bench(fidelity=FidelityConfig(divergence=0))
-    more = make_bench(fidelity=FidelityConfig(divergence=2048, unrecovered=0.5))
+    more = make_bench(fidelity=FidelityConfig(divergence=2048, unrecovered=0.5, midway=0.5))
     bare, _ = run_trial(trial(), none)
     rich, _ = run_trial(trial(), more)
     assert bare.tasks == rich.tasks == alone[0].tasks
     assert [rung.kind for rung in bare.rungs] == ["recovered"] * 3
-    assert [rung.kind for rung in rich.rungs] == ["divergence", "unrecovered", *["recovered"] * 3]
+    assert [rung.kind for rung in rich.rungs] == ["divergence", "unrecovered", "midway", *["recovered"] * 3]
     assert rich.rungs[1].share == 0.5
-    assert rich.rungs[1].value != rich.rungs[2].value
+    assert rich.rungs[1].value != rich.rungs[3].value
 
 
 def test_the_divergence_is_that_of_the_cut_whatever_the_recovery(alone, bench):
     other, _ = run_trial(trial(tokens=128), bench)
     assert other.rungs[0].value == alone[0].rungs[0].value
+    assert other.rungs[1].kind == "recovered"  # a recovery of one step has no middle
     assert other.score != alone[0].score
     cut_otherwise, _ = run_trial(trial("magnitude"), bench)
     assert cut_otherwise.rungs[0].value != alone[0].rungs[0].value
@@ -206,10 +220,11 @@ def test_a_trial_behind_stops_with_an_estimate_and_a_control_does_not(alone, ben
     assert {len(x) for x in items.values()} == {6}
     assert (stopped.score, stopped.stderr) == racing.estimate(items, rival)
     assert stopped.rungs[-1].behind
-    assert stopped.rungs[-1].value == result.rungs[1].value
+    assert stopped.rungs[-1].value == result.rungs[2].value
+    assert stopped.measured
     control, whole = run_trial(trial(), bench, race=Race(rival=rival, stops=False))
     assert not control.stopped
-    assert [rung.behind for rung in control.rungs] == [False, True, True, True]
+    assert [rung.behind for rung in control.rungs] == [False, False, True, True, True]
     assert control.score == result.score
     assert all(np.array_equal(whole[task], found[task]) for task in found)
 
@@ -218,7 +233,7 @@ def test_a_trial_ahead_or_with_a_rival_of_other_items_goes_on(alone, bench):
     result, found = alone
     ahead, _ = run_trial(trial(), bench, race=Race(rival={task: x - 0.1 for task, x in found.items()}))
     assert (ahead.stopped, ahead.score) == (False, result.score)
-    assert ahead.rungs[1].gap == pytest.approx(0.1)
+    assert ahead.rungs[2].gap == pytest.approx(0.1)
     short = {task: x[:5] + 1.0 for task, x in found.items()}
     for rival in (short, {"other": np.ones(20)}):
         unraced, _ = run_trial(trial(), bench, race=Race(rival=rival))
@@ -228,4 +243,80 @@ def test_a_trial_ahead_or_with_a_rival_of_other_items_goes_on(alone, bench):
 
 def test_without_racing_there_is_one_block(make_bench):
     result, _ = run_trial(trial(), make_bench(racing=RacingConfig(enabled=False)))
-    assert [rung.share for rung in result.rungs] == [0.0, 1.0]
+    assert [rung.share for rung in result.rungs] == [0.0, 0.0, 1.0]
+
+
+def gate(kind, least, **changes):
+    made = {"center": -1.0, "lowest": -9.0, "intercept": 0.3, "slope": 0.05, "slope_stderr": 0.01, "stderr": 0.02}
+    return Gate(kind=kind, least=least, freedom=9, **{**made, **changes})
+
+
+@pytest.mark.parametrize(("kind", "phases"), [("divergence", set()), ("midway", {"recover", "midway"})])
+def test_a_trial_that_fails_a_gate_stops_there_with_the_score_to_be_expected(alone, bench, kind, phases):
+    known = next(rung for rung in alone[0].rungs if rung.kind == kind)
+    asked = gate(kind, known.merit + 1e-6)
+    result, items = run_trial(trial(), bench, gates=[asked])
+    assert (result.stopped, result.measured, result.tasks, result.items, items) == (True, False, (), 0, {})
+    assert result.rungs[-1].kind == kind
+    assert result.rungs[-1].value == known.value
+    assert result.rungs[-1].least == asked.least
+    assert result.rungs[-1].behind
+    x = -math.log(known.value)
+    assert result.score == pytest.approx(0.3 + 0.05 * (x + 1))
+    assert result.stderr == pytest.approx(math.hypot(0.02, 0.01 * (x + 1)))
+    assert set(result.seconds) & {"recover", "midway", "evaluate"} == phases
+    assert (result.parameters, result.widths) == (alone[0].parameters, alone[0].widths)
+    after, _ = run_trial(trial(), bench)  # the worker is as it was
+    assert after.score == alone[0].score
+
+
+def test_a_trial_that_passes_its_gates_or_is_of_the_control_group_goes_on(alone, bench):
+    first, second = alone[0].rungs[:2]
+    passed, _ = run_trial(trial(), bench, gates=[gate("divergence", first.merit), gate("midway", second.merit)])
+    assert (passed.stopped, passed.score) == (False, alone[0].score)
+    assert [rung.least for rung in passed.rungs] == [first.merit, second.merit, None, None, None]
+    assert not any(rung.behind for rung in passed.rungs)
+    spared, _ = run_trial(trial(), bench, gates=[gate("divergence", 0.0, stops=False)])
+    assert (spared.stopped, spared.score) == (False, alone[0].score)
+    assert [rung.behind for rung in spared.rungs] == [True, False, False, False, False]
+    unasked, _ = run_trial(trial(tokens=128), bench, gates=[gate("midway", 0.0)])  # of one step: never looked at
+    assert not unasked.stopped
+
+
+def test_the_gate_of_the_unrecovered_score_comes_before_the_recovery(make_bench):
+    bench = make_bench(fidelity=FidelityConfig(unrecovered=0.5))
+    result, _ = run_trial(trial(), bench, gates=[gate("unrecovered", 2.0, center=0.0)])
+    assert [rung.kind for rung in result.rungs] == ["divergence", "unrecovered"]
+    assert result.score == pytest.approx(0.3 + 0.05 * result.rungs[-1].value)
+    assert "recover" not in result.seconds
+
+
+def test_a_full_recovery_is_looked_at_midway_too(alone, bench):
+    config = trial()
+    config["recovery"] = {**config["recovery"], "type": "full"}
+    result, _ = run_trial(config, bench)
+    assert [rung.kind for rung in result.rungs][:2] == ["divergence", "midway"]
+    assert result.rungs[0].value == alone[0].rungs[0].value
+    assert result.rungs[1].value not in {result.rungs[0].value, alone[0].rungs[1].value}
+    none, _ = run_trial({**config, "recovery": "none"}, bench)
+    assert [rung.kind for rung in none.rungs][:2] == ["divergence", "recovered"]
+
+
+def test_the_record_of_a_stopped_trial_is_complete(bench, tmp_path):
+    folder = bench.run / "trials" / "7-1"
+    config = TrialConfig.from_dict(trial(), "trial").to_dict()
+    task = Assignment(number=7, attempt=1, recipe=None, config=config, folder=str(folder), incumbent=None,
+                      gates=(gate("midway", 0.0),))  # fmt: skip
+    record = run_assignment(task, bench)
+    assert read_record(folder) == record
+    assert record.result.stopped
+    assert read_items(folder) is None
+    asked = Asked(number=9, params={}, recipe=None, told=False)
+    copied = copied_record(bench.run, asked, TrialConfig.from_dict(trial(), "trial"), record)
+    assert copied.result.score == record.result.score
+    assert told_of(copied) is None  # what is known twice counts once
+    assert told_of(record).merits.keys() == {"divergence", "midway"}
+    note = trial_note(record, None)
+    assert "predicted from its divergence midway through the recovery: it stopped there" in note
+    assert "at most 0.0000 was asked to go on" in note
+    assert "| task |" not in note

@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any
 from adasearch.config import StudyConfig, TrialConfig, TrialResult
 from adasearch.documents import value
 from adasearch.errors import NoTrialError
+from adasearch.promotion import Gate
 from adasearch.racing import in_control
 from adasearch.records import DENSE, Record, read_records, trial_folder
 from adasearch.search.executor import Executor, Outcome
+from adasearch.search.gates import gates_of
 from adasearch.search.lease import hold
 from adasearch.search.outcomes import (
     Asked,
@@ -60,6 +62,7 @@ class Assignment:
         folder: absolute folder of this attempt; the worker writes its record there before it returns.
         incumbent: folder of the trial to race against, None where there is no race.
         control: score every item, whatever the race says.
+        gates: what is asked of the trial before it is scored.
     """
 
     number: int
@@ -69,6 +72,7 @@ class Assignment:
     folder: str
     incumbent: str | None
     control: bool = False
+    gates: tuple[Gate, ...] = ()
 
 
 @value
@@ -296,6 +300,8 @@ class _Search:
             if config is not None:
                 write_proposal(self._run, trial.asked, attempt, config)
             folder = trial_folder(self._run, number, attempt)
+            # a recipe is scored in full: what the search promises of the seeds is a matter of equal fidelity
+            control = bool(trial.asked.recipe) or in_control(self._study.racing.control, self._study.seed, number)
             task = Assignment(
                 number=number,
                 attempt=attempt,
@@ -303,8 +309,8 @@ class _Search:
                 config=config,
                 folder=str(folder),
                 incumbent=self._incumbent(number),
-                # a recipe is scored in full: what the search promises of the seeds is a matter of equal fidelity
-                control=bool(trial.asked.recipe) or in_control(self._study.racing.control, self._study.seed, number),
+                control=control,
+                gates=gates_of(self._study, number, self._known(number - self._lag + 1), control=control),
             )
             self._executor.submit(folder.name, task, seconds=self._study.limits.trial_seconds)
             self._queue.remove(number)
@@ -320,9 +326,12 @@ class _Search:
     def _best(self, end: int | None = None) -> Record | None:
         """Return the best trial with all items scored among those told, or among those numbered below `end`."""
         end = self._told if end is None else end
-        records = [trial.record for trial in self._trials[: max(end, 0)] if trial.record]
-        scored = [(r.result.score, -r.number, r) for r in records if r.result and not r.result.stopped]
+        scored = [(r.result.score, -r.number, r) for r in self._known(end) if r.result and not r.result.stopped]
         return max(scored, key=lambda item: item[:2])[2] if scored else None
+
+    def _known(self, end: int) -> list[Record]:
+        """Return what came of the trials numbered below `end`, by number."""
+        return [trial.record for trial in self._trials[: max(end, 0)] if trial.record]
 
     def _collect(self, outcome: Outcome) -> None:
         """Take what a worker answered; where it gave no sound record, write one that says why."""

@@ -41,9 +41,19 @@ def _pairs(title: str, pairs: dict[str, str]) -> list[str]:
 
 
 def _rung(rung: Rung) -> str:
-    """Return what was known at a rung, and where the trial stood against its rival."""
+    """Return what was known at a rung, and where the trial stood against its rival or what was asked of it."""
     race = "" if rung.bound is None else f"; {rung.gap:+.4f} to the rival, at most {rung.bound:+.4f} with confidence"
+    if rung.least is not None:
+        asked = f"at least {rung.least:.4f}" if rung.kind == "unrecovered" else f"at most {-rung.least:.4f}"
+        race = f"; {asked} was asked to go on"
     return _cell(rung.value, rung.stderr) + race
+
+
+def _basis(result: TrialResult) -> str:
+    """Return what a score rests on."""
+    if not result.measured:
+        return f"predicted from its {escaped(result.rungs[-1].label)}: it stopped there"
+    return f"on {result.items} items" + (", stopped early" if result.stopped else "")
 
 
 def trial_note(record: Record, dense: TrialResult | None) -> str:
@@ -54,9 +64,8 @@ def trial_note(record: Record, dense: TrialResult | None) -> str:
         lines.append(f"**Failed** ({record.failure.kind}){phase}: {escaped(record.failure.message)}")
     result = record.result
     if result is not None:
-        early = ", stopped early" if result.stopped else ""
-        lines.append(f"Score **{_cell(result.score, result.stderr)}** on {result.items} items{early}")
-        lines += ["", *_task_rows(result.tasks, dense)]
+        lines.append(f"Score **{_cell(result.score, result.stderr)}** {_basis(result)}")
+        lines += ["", *_task_rows(result.tasks, dense)] if result.tasks else [""]
         facts = {"parameters": f"{result.parameters:,}", "peak memory, MiB": f"{result.peak_bytes / 2**20:.0f}"}
         facts |= {key: str(item) for key, item in result.notes.items()}
         lines += _pairs("fact", facts)

@@ -28,6 +28,8 @@ from adasearch.search.executor import Outcome
 
 WINDOW, LEAST_WINDOW = 10, 5
 RETRIED = frozenset({"memory", "timeout", "worker_lost"})
+TWIN = "same_trial_as"
+"""Note of a trial that took the result of an earlier one, with its number."""
 
 
 @value
@@ -126,7 +128,7 @@ def copied_record(run: Path, asked: Asked, config: TrialConfig, first: Record) -
     """Return a new record of a trial that has the configuration, and so the result, of the trial `first`."""
     assert first.result is not None
     attempt = next_attempt(run, asked.number)
-    notes = {**first.result.notes, "same_trial_as": float(first.number)}
+    notes = {**first.result.notes, TWIN: float(first.number)}
     result = dataclasses.replace(first.result, notes=notes)
     record = dataclasses.replace(first, number=asked.number, attempt=attempt, recipe=asked.recipe, result=result)
     write_proposal(run, asked, attempt, config.to_dict())
