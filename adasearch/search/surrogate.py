@@ -119,6 +119,35 @@ def _thinned(data: Observations) -> Observations:
     )
 
 
+def _scale(scores: np.ndarray) -> tuple[float, float]:
+    """Return what scores are standardised by: their mean and, where there is one, their standard deviation."""
+    spread = float(scores.std(ddof=1)) if len(scores) > 1 else 0.0
+    return float(scores.mean()), spread if spread > 0 else 1.0
+
+
+def posterior(data: Observations, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation (Q each) of the function at Q×d points, in units of the scores.
+
+    Raises:
+        FitError: a numerical failure.
+    """
+    data = _thinned(data)
+    center, spread = _scale(data.scores)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        try:
+            model = fit(data)
+            with torch.no_grad():
+                found = model.posterior(torch.as_tensor(points, dtype=torch.float64))
+                mean, variance = found.mean.squeeze(-1).numpy(), found.variance.squeeze(-1).numpy()
+        except (BotorchError, NanError, NotPSDError, RuntimeError, ValueError) as error:
+            raise FitError(f"{type(error).__name__}: {error}") from error
+    if not (np.isfinite(mean).all() and np.isfinite(variance).all()):
+        raise FitError("the posterior is not finite")
+    return center + spread * mean, spread * np.sqrt(variance)
+
+
 def fit(data: Observations) -> SingleTaskGP:
     """Return a Gaussian process fitted to standardised scores.
 
@@ -126,10 +155,9 @@ def fit(data: Observations) -> SingleTaskGP:
     no comparison; how much is left is fitted (prior of Hvarfner et al. 2024, arXiv 2402.02229, as in BoTorch). What
     the variance of a trial that was scored on fewer items exceeds the least one by is known, and given.
     """
-    spread = float(data.scores.std(ddof=1)) if len(data.scores) > 1 else 0.0
-    spread = spread if spread > 0 else 1.0
+    center, spread = _scale(data.scores)
     x = torch.as_tensor(data.points, dtype=torch.float64)
-    y = torch.as_tensor((data.scores - data.scores.mean()) / spread, dtype=torch.float64).unsqueeze(-1)
+    y = torch.as_tensor((data.scores - center) / spread, dtype=torch.float64).unsqueeze(-1)
     excess = np.maximum(data.variances - data.variances.min(), 0.0) / spread**2
     noise = torch.as_tensor(excess, dtype=torch.float64).clamp_min(_NOISE_FLOOR)
     prior = LogNormalPrior(loc=-4.0, scale=1.0)
