@@ -32,6 +32,7 @@ FLOORS = [
     ["trial"],
     [
         "worker",
+        "winner",
         "finalize",
         "comparison",
         "comparison_html",
