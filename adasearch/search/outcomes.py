@@ -88,8 +88,8 @@ def lag(workers: int, *, ahead: bool = True) -> int:
     - one worker: 2, the next trial is proposed while this one runs (at 1 it would idle a twentieth of its time where
       asking takes a twentieth of a trial, and every proposal would know one trial more);
     - W workers: W + max(2, 3 W / 4), rounded up. With trials that differ by a factor of 5 in length and asking that
-      takes a twentieth of one, workers idle 3 % of the time at W = 4 and 8 % at W = 16; at W + 1 it would be 14 % and
-      37 %, at 2 W less than 3 % (``tests/search/test_ahead.py`` has the clock).
+      takes a twentieth of one, workers idle 2 % of the time at W = 4 and 9 % at W = 16; at W + 1 it would be 13 % and
+      35 %, at 2 W at most 3 % (``tests/search/test_ahead.py`` has the clock).
     """
     if not ahead:
         return 1

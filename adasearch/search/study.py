@@ -364,8 +364,8 @@ def _trials_on_disk(run: Path, space: Space) -> list[Asked]:
 def _trial_on_disk(folder: Path, number: int, space: Space) -> Asked | None:
     try:
         data = json.loads((folder / "proposal.json").read_text(encoding="utf-8"))
-        params, gain = dict(data["params"]), data.get("gain")
-        return Asked(number=number, params=params, recipe=data["recipe"], told=False, gain=gain)
+        point, gain = dict(data["params"]), data.get("gain")
+        return Asked(number=number, params=point, recipe=data["recipe"], told=False, gain=gain)
     except (OSError, ValueError, KeyError, TypeError):
         record = read_record(folder)
     if record is None or record.config is None:

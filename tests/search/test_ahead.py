@@ -88,7 +88,7 @@ def lengths_of(n, seed):
     return [x / mean for x in found]
 
 
-@pytest.mark.parametrize(("workers", "most"), [(1, 0.003), (4, 0.05), (16, 0.12)])
+@pytest.mark.parametrize(("workers", "most"), [(1, 0.003), (4, 0.03), (16, 0.11)])
 @pytest.mark.parametrize("seed", range(3))
 def test_workers_hardly_wait(workers, most, seed):
     lengths = lengths_of(400, seed)
