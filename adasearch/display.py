@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
 if TYPE_CHECKING:
-    from adasearch.search.driver import Snapshot
+    from adasearch.search.snapshot import Snapshot
 
 REDRAWS_PER_SECOND = 4
 STAGE_SECONDS = 10.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +15,19 @@ from adasearch.documents import plain, value
 from adasearch.environment import versions
 from adasearch.errors import ConfigError, DataError, NoTrialError, TrialError
 from adasearch.pruning.structure import WHOLE, Outline
+from adasearch.racing import TaskValues
 from adasearch.records import (
     DENSE,
+    Evidence,
     Failure,
     FinalRecord,
     Record,
     ranked_finals,
     read_finals,
+    read_items,
     read_records,
     state_writer,
+    trial_folder,
     write_failure,
     write_final,
     write_items,
@@ -31,6 +35,7 @@ from adasearch.records import (
 from adasearch.trial import Clock, Pruned, prune, recover, score_blocks, task_scores
 from adasearch.tuning import alignment, evaluation
 from adasearch.tuning.export import ModelCard
+from adasearch.winner import SELECT, merits
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,6 +64,7 @@ class FinalTask:
         items: on which items it is scored.
         formats: in which it is exported.
         command: what makes it again, for its model card.
+        search: what the search knows of it, None where there was none.
     """
 
     name: str
@@ -70,6 +76,7 @@ class FinalTask:
     items: tuple[Role, ...] = ("select", "report")
     formats: tuple[str, ...] = ()
     command: str = ""
+    search: Evidence | None = None
 
     @property
     def title(self) -> str:
@@ -82,18 +89,29 @@ def dense_task(items: tuple[Role, ...] = ("select", "report")) -> FinalTask:
     return FinalTask(name="dense", trial=DENSE, role="dense", items=items)
 
 
-def finalists(records: list[Record], wanted: FinalizeConfig) -> list[FinalTask]:
+def finalists(
+    records: list[Record], wanted: FinalizeConfig, known: Mapping[int, Evidence] | None = None
+) -> list[FinalTask]:
     """Return what is finished after a search: the dense model, the best trials, and the best recipe.
 
-    Trials with equal configurations count once; a trial that was stopped early is never a finalist.
+    The best ones are those of the highest posterior mean, or score where there is no posterior: the highest of many
+    noisy scores belongs to a lucky trial as often as to a good one. Trials with equal configurations count once; one
+    that was stopped early is never a finalist, though its score has its say in the posterior.
+
+    Args:
+        records: of the search.
+        wanted: how many, and how they are finished.
+        known: what the search knows of each trial, see `adasearch.search.belief.evidence`.
 
     Raises:
         NoTrialError: no trial was scored in full.
     """
-    full = [r for r in records if r.number != DENSE and r.result is not None and not r.result.stopped]
-    if not full:
+    found = {r.number: r for r in records if r.number != DENSE and r.result is not None and not r.result.stopped}
+    if not found:
         raise NoTrialError("no trial was scored in full: nothing to fine-tune")
-    ranked = sorted(full, key=lambda r: (-r.result.score if r.result else 0.0, r.number))
+    known = known or {}
+    scores = {number: _believed(record, known.get(number)) for number, record in found.items()}
+    ranked = sorted(found.values(), key=lambda r: (-scores[r.number], r.number))
     distinct = {str(r.config): r for r in reversed(ranked)}.values()
     chosen = {r.number: (r, "finalist") for r in [r for r in ranked if r in distinct][: wanted.top]}
     recipe = next((r for r in ranked if r.recipe), None)
@@ -109,9 +127,16 @@ def finalists(records: list[Record], wanted: FinalizeConfig) -> list[FinalTask]:
             recovery=wanted.recovery,
             formats=wanted.formats,
             command=f"adasearch replay RUN --trial {number}",
+            search=known.get(number),
         )
         for number, (record, role) in chosen.items()
     ]
+
+
+def _believed(record: Record, evidence: Evidence | None) -> float:
+    """Return the posterior mean of a trial's score, or the score."""
+    assert record.result is not None
+    return record.result.score if evidence is None or evidence.mean is None else evidence.mean
 
 
 def run_final(task: FinalTask, bench: Workbench) -> FinalRecord:
@@ -142,6 +167,7 @@ def run_final(task: FinalTask, bench: Workbench) -> FinalRecord:
         seconds={},
         export=None,
         losses=losses,
+        search=task.search,
     )
     if pruned is not None and task.formats:
         clock.enter("export")
@@ -175,7 +201,10 @@ def _made(task: FinalTask, bench: Workbench, clock: Clock) -> tuple[Pruned | Non
 def _score(
     model: nn.Module, task: FinalTask, bench: Workbench, clock: Clock, outline: Outline
 ) -> tuple[dict[str, tuple[TaskScore, ...]], dict[str, np.ndarray]]:
-    """Return the scores of each role's tasks, and for paired differences margin and correctness of each report item."""
+    """Return the scores of each role's tasks, and for paired differences the values of their items.
+
+    These are margin and correctness of each report item, and the margin of each select item.
+    """
     scores: dict[str, tuple[TaskScore, ...]] = {}
     values: dict[str, np.ndarray] = {}
     for role in task.items:
@@ -186,6 +215,8 @@ def _score(
         for name, found in tasks.items() if role == "report" else ():
             values[name] = evaluation.item_values(found.items, logliks[name], "margin")
             values[f"{name}#acc"] = evaluation.item_values(found.items, logliks[name], "acc_norm")
+        for name, found in tasks.items() if role == "select" else ():
+            values[f"{name}{SELECT}"] = evaluation.item_values(found.items, logliks[name], "margin")
     return scores, values
 
 
@@ -230,6 +261,29 @@ def _export(pruned: Pruned, task: FinalTask, record: FinalRecord, bench: Workben
     return str(folder.relative_to(bench.run))
 
 
+def judge(run: Path, metric: str, known: Mapping[int, Evidence]) -> None:
+    """Write into the records of finalists and of the best recipe what they are ranked by; see `winner.merits`.
+
+    What the search knows of them is written anew: it may have gone on since they were made.
+
+    Where the search maximised another metric than the margin that select items are scored by, its scores cannot be
+    weighed with them and have no say.
+    """
+    finals = [r for r in read_finals(run) if r.role in {"finalist", "recipe"}]
+    finals = [dataclasses.replace(r, search=known.get(r.trial, r.search)) for r in finals]
+    items = [_select_items(run, record.name) for record in finals]
+    if not all(items):
+        return
+    found = merits([r.search if metric == "margin" else None for r in finals], items)
+    for record, merit in zip(finals, found, strict=True):
+        write_final(run, dataclasses.replace(record, merit=merit))
+
+
+def _select_items(run: Path, name: str) -> dict[str, np.ndarray]:
+    items = read_items(run / "final" / name) or {}
+    return {key.removesuffix(SELECT): x for key, x in items.items() if key.endswith(SELECT)}
+
+
 def place_exports(run: Path) -> list[FinalRecord]:
     """Name the exports of the finalists by their rank, ``<rank>-trial<number>``, and return the finalists, best first.
 
@@ -253,13 +307,34 @@ def finalize(study: StudyConfig, run: Path, executor: Executor, display: Display
     Raises:
         NoTrialError: no trial was scored in full, or no finalist could be finished.
     """
-    tasks = finalists(read_records(run), study.finalize)
+    records = read_records(run)
+    known, obstacle = _known(study, run, records)
+    if obstacle:
+        display.note(f"finalists are chosen by their observed scores: {obstacle}")
+    tasks = finalists(records, study.finalize, known)
     failures = finish(tasks, run, executor, display, seconds=study.limits.trial_seconds * LONGER)
+    judge(run, study.objective.metric, known)
     ranked = place_exports(run)
     if not ranked:
         reasons = "; ".join(f"{name}: {failure.kind}: {failure.message}" for name, failure in failures.items())
         raise NoTrialError(f"no finalist could be finished: {reasons or 'no reason recorded'}")
     return ranked
+
+
+def _known(study: StudyConfig, run: Path, records: list[Record]) -> tuple[dict[int, Evidence], str]:
+    """Return what the search knows of its trials, and why it has no posterior of them, if so."""
+    # here, because workers import this module and have no use for the optimizer
+    from adasearch.search.belief import evidence
+    from adasearch.search.noise import paired_errors
+    from adasearch.search.space import Space
+
+    items: dict[bool, dict[int, TaskValues]] = {True: {}, False: {}}
+    for record in records:
+        values = read_items(trial_folder(run, record.number, record.attempt)) if record.result else None
+        if values and record.result and record.number != DENSE:
+            items[record.result.stopped][record.number] = values
+    space = Space.from_config(study.space, study.trial, seed=study.seed)
+    return evidence(space, records, paired_errors(items[False], items[True]))
 
 
 def finish(

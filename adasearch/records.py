@@ -57,6 +57,19 @@ class Record:
 
 
 @value
+class Evidence:
+    """What a search knows of a trial: its observed score and standard error, and posterior mean and deviation if any.
+
+    The observed score of a winner is too high on average; see `adasearch.search.belief`.
+    """
+
+    score: float
+    stderr: float
+    mean: float | None = None
+    sd: float | None = None
+
+
+@value
 class FinalRecord:
     """What became of one model at the end of a run: a finalist, the dense model, a recipe, or one pruned alone.
 
@@ -72,6 +85,8 @@ class FinalRecord:
         losses: loss curve of its recovery.
         peak_bytes: greatest memory of the worker while it was made and scored, the mapped base weights included.
         gpu_bytes: greatest memory of the worker's tensors on a GPU, 0 without one.
+        search: what the search knows of it, None where there was none.
+        merit: what finalists are ranked by, None before all of them are there; see `adasearch.winner`.
     """
 
     name: str
@@ -88,6 +103,8 @@ class FinalRecord:
     losses: tuple[float, ...]
     peak_bytes: int = 0
     gpu_bytes: int = 0
+    search: Evidence | None = None
+    merit: float | None = None
 
 
 @contextlib.contextmanager
@@ -227,8 +244,14 @@ def read_failures(run: Path) -> dict[str, Failure]:
 
 
 def ranked_finals(finals: Iterable[FinalRecord]) -> list[FinalRecord]:
-    """Return finalists, best first: by the mean margin over the tasks on the select items; equal ones by number."""
-    return sorted(finals, key=lambda r: (-float(np.mean([t.margin for t in r.selected])), r.trial))
+    """Return finalists, best first: by merit where all of them have one, else by their score on select items.
+
+    That is the mean margin over the tasks; equal ones go by number.
+    """
+    found = list(finals)
+    if all(r.merit is not None for r in found):
+        return sorted(found, key=lambda r: (-(r.merit or 0.0), r.trial))
+    return sorted(found, key=lambda r: (-float(np.mean([t.margin for t in r.selected])), r.trial))
 
 
 def state_writer(folder: Path) -> Callable[[str, float | None], None]:

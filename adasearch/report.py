@@ -22,6 +22,7 @@ from adasearch.records import (
     read_records,
     write_atomically,
 )
+from adasearch.search.outcomes import ending
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -55,11 +56,12 @@ class Findings:
 
     Args:
         records: one for each trial, the attempt that counts, by number; the dense model is not among them.
-        finals: scored finalists, best first by their select items.
+        finals: scored finalists, best first, see `winner.merits`.
         best: the first of `finals`, None before there is one.
         recipe: the best published recipe among the scored models.
         importance: share of each searched parameter, empty when it cannot be told.
         importance_note: why not, or how it was computed.
+        ending: how the search ended, in one sentence; empty while it goes on.
     """
 
     study: StudyConfig
@@ -73,6 +75,7 @@ class Findings:
     versus_recipe: Difference | None
     importance: Mapping[str, float]
     importance_note: str
+    ending: str = ""
 
 
 def report_score(score: TaskScore) -> tuple[float, float]:
@@ -195,6 +198,7 @@ def gather(run: Path, study: StudyConfig) -> Findings:
         versus_recipe=difference(run, best, recipe, study.seed),
         importance=importance,
         importance_note=note,
+        ending=ending(run, study, len(chosen)),
     )
 
 
@@ -237,7 +241,7 @@ def dense_parameters_of(findings: Findings) -> float:
 
 
 def ranked(findings: Findings) -> list[Record]:
-    """Return the trials, best first: finalists by their select items, then by search score, stopped and failed last."""
+    """Return the trials, best first: finalists by their merit, then by search score, stopped and failed last."""
     place = {f.trial: i for i, f in enumerate(findings.finals)}
     order = {"complete": 0, "stopped": 1, "failed": 2}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from adasearch import pictures
 from adasearch.config import COMPONENTS, TaskScore, TrialResult
-from adasearch.records import FinalRecord, Record
+from adasearch.records import Evidence, FinalRecord, Record
 from adasearch.report import Difference, Findings, dense_parameters_of, kept_widths, mean_score, ranked, state_of
 from adasearch.report_parts import (
     budget_words,
@@ -39,12 +39,12 @@ def verdict(difference: Difference | None, other: str) -> str:
     """Return a sentence on a paired difference; without a difference that is shown it claims none."""
     if difference is None:
         return ""
-    mean, low, high = map(signed_points, (difference.mean, difference.low, difference.high))
-    span = f"{mean} points, 95 % interval {low} to {high}"
+    span = f"95 % interval {signed_points(difference.low)} to {signed_points(difference.high)}"
+    mean = signed_points(difference.mean)
     if not difference.shown:
-        return f"<p>Against {other}: <b>no difference shown</b> ({span}).</p>"
+        return f"<p>Against {other}: <b>no difference shown</b> ({mean} points, {span}).</p>"
     word, css = ("better", "good") if difference.mean > 0 else ("worse", "bad")
-    return f'<p>Against {other}: <b class="{css}">{word}</b> ({span}).</p>'
+    return f'<p>Against {other}: <b class="{css}">{word} by {points(abs(difference.mean))} points</b> ({span}).</p>'
 
 
 def _headline(f: Findings) -> str:
@@ -60,7 +60,7 @@ def _headline(f: Findings) -> str:
     cards.append(card(percent(f.best.removed), f"of all parameters removed, {left}"))
     words = verdict(f.versus_dense, "the dense model")
     if f.recipe is not None and f.recipe.name == f.best.name:
-        words += "<p>The best model is a published recipe: the search found nothing better on the select items.</p>"
+        words += "<p>The best model is a published recipe: the search found nothing better by the finalists' merit.</p>"
     elif f.recipe is not None:
         words += verdict(f.versus_recipe, f"the best published recipe, {_name(f.recipe)}")
     note = "Paired over the same report items, bootstrap within tasks; they were scored once, after the search."
@@ -145,15 +145,48 @@ def _finalists(f: Findings) -> str:
         score, stderr = mean_score(final.report)
         select = [s.margin for s in final.selected]
         rank_cell = str(rank) if final.role == "finalist" else "–"
-        cells = [rank_cell, _name(final), f"{sum(select) / len(select):.3f}" if select else "–", points(score, stderr)]
+        cells = [rank_cell, _name(final), *_evidence(final.search), _margin(select), _three(final.merit)]
+        cells += [_margin([s.margin for s in final.report]), points(score, stderr)]
         cells += [percent(score / whole if whole else math.nan), short_count(final.parameters)]
         cells += [percent(final.removed), duration(sum(final.seconds.values())), escape(final.export or "–")]
         rows.append(("strong" if rank == 1 else "", cells))
-    head = ["rank", "<model", "select margin", "report score", "retained", "parameters", "removed", "time", "<export"]
+    head = ["rank", "<model", "search score", "posterior mean", "select margin", "merit", "report margin"]
+    head += ["report score", "retained", "parameters", "removed", "time", "<export"]
     note = (
-        "<p>Fine-tuned in full, ranked by their margin on the select items; report items had no say in the order.</p>"
+        "<p>Chosen by the posterior mean of their search score, fine-tuned in full, ranked by merit: that mean and the "
+        "margin on the select items, each weighed by the inverse of its variance. Report items had no say in the order."
+        "</p>"
     )
-    return section("finalists", "Finalists", note, html_table(head, rows))
+    return section("finalists", "Finalists", note, _curse(f), html_table(head, rows))
+
+
+def _three(number: float | None) -> str:
+    return "–" if number is None else f"{number:.3f}"
+
+
+def _margin(values: Sequence[float]) -> str:
+    return _three(sum(values) / len(values) if values else None)
+
+
+def _evidence(known: Evidence | None) -> tuple[str, str]:
+    """Return the observed score and the posterior mean of a trial, each with its error."""
+    if known is None:
+        return "–", "–"
+    believed = "–" if known.mean is None or known.sd is None else f"{known.mean:.3f} ± {known.sd:.3f}"
+    return f"{known.score:.3f} ± {known.stderr:.3f}", believed
+
+
+def _curse(f: Findings) -> str:
+    """Return what is left of the winner's observed score once its luck is taken off."""
+    known = f.best.search if f.best else None
+    if known is None or known.mean is None:
+        return ""
+    gap = known.score - known.mean
+    word = "below" if gap >= 0 else "above"
+    return (
+        f"<p>The winner scored {known.score:.3f} in the search; all trials together say {known.mean:.3f}, "
+        f"{abs(gap):.3f} {word} that. The best of many noisy scores is too high on average (the winner's curse).</p>"
+    )
 
 
 def _kind(record: Record) -> str:
@@ -205,12 +238,13 @@ def _history(f: Findings) -> str:
     caption = (
         "Bars are one standard error over items. These scores are optimistic: <a href='#meaning'>what they mean</a>."
     )
+    said = f"<p>{escape(f.ending[0].upper() + f.ending[1:])}.</p>" if f.ending else ""
     best = [_trial_row(i, r) for i, r in enumerate(ranked(f)[:TABLE_TRIALS], start=1) if r.result is not None]
     table = html_table(["#", "<trial", "search score", "parameters", "time", "<state", "<<configuration"], best)
     title = f"<h3>The {len(best)} best trials</h3>" if len(best) < len(marks) else "<h3>All scored trials</h3>"
     if f.finals:
         title += '<p class="soft">Finalists first, in their final order; the others by search score.</p>'
-    return section("history", "Search", _KEY, lines, figure(svg, caption), title, table)
+    return section("history", "Search", said, _KEY, lines, figure(svg, caption), title, table)
 
 
 _PLAIN = {"none", "top", "one_shot"}
@@ -383,5 +417,6 @@ def page(findings: Findings, run: Path) -> str:
         "meaning": "Meaning",
         "next": "Next",
     }
-    line = f"{study.model.name} · {budget_words(study.budget)} · {study.trials} trials · seed {study.seed}"
+    trials = len(findings.records) if findings.ending else study.trials
+    line = f"{study.model.name} · {budget_words(study.budget)} · {trials} trials · seed {study.seed}"
     return document(study.name, line, _headline(findings), sections, titles)

@@ -120,6 +120,12 @@ def _write_manifest(
     )
 
 
+def _write_ending(run: Path, sentence: str) -> None:
+    """Add to the manifest how the search ended."""
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    write_json(run / "manifest.json", {**manifest, "search": sentence})
+
+
 def load_run(run: Path) -> StudyConfig:
     """Return the study that a run folder was made with.
 
@@ -146,6 +152,7 @@ def run_study(path: Path, *, out: Path | None, say: Callable[[str], None]) -> Pa
     from adasearch.finalize import finalize
     from adasearch.search.driver import run_search
     from adasearch.search.lease import hold
+    from adasearch.search.outcomes import ending
     from adasearch.search.seeds import decided
     from adasearch.search.space import Space
     from adasearch.search.study import check_owner
@@ -169,7 +176,8 @@ def run_study(path: Path, *, out: Path | None, say: Callable[[str], None]) -> Pa
         with contextlib.ExitStack() as stack:
             executor = stack.enter_context(open_executor(study, run, placed))
             with open_display(study.trials, study.name) as display:
-                run_search(study, space, run, executor, display.observe)
+                found = run_search(study, space, run, executor, display.observe)
+            _write_ending(run, ending(run, study, sum(record.number != DENSE for record in found)))
             if placed_last.workers != placed.workers:
                 executor.close()
                 executor = stack.enter_context(open_executor(study, run, placed_last))
@@ -257,6 +265,8 @@ def rebuild(run: Path) -> str:
 
 def status(run: Path) -> Iterator[str]:
     """Yield lines that say where a run stands."""
+    from adasearch.search.outcomes import ending
+
     study = load_run(run)
     if job_of(run) == "compare":
         from adasearch import comparison
@@ -268,7 +278,11 @@ def status(run: Path) -> Iterator[str]:
     scored = [r for r in records if r.number != DENSE and r.result]
     stopped = sum(r.result.stopped for r in scored if r.result)
     failed = {r.number for r in records if r.failure} - {r.number for r in scored}
-    yield f"trials: {len(scored) + len(failed)} of {study.trials} done, {stopped} stopped early, {len(failed)} failed"
+    done = len({r.number for r in scored} | failed)
+    yield f"trials: {done} of {study.trials} done, {stopped} stopped early, {len(failed)} failed"
+    ended = ending(run, study, done)
+    if ended:
+        yield ended
     if dense:
         yield f"dense search score: {dense.score:.4f} ± {dense.stderr:.4f}"
     full = [r for r in scored if r.result and not r.result.stopped]

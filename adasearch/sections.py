@@ -115,12 +115,14 @@ class SamplerConfig:
 class StoppingConfig:
     """When a search ends before its `trials` are done; what is None never ends it. The finalists are made all the same.
 
+    Trials that were asked by then are finished, so a bound is passed by as much as those take. At least one trial runs.
+
     Args:
-        seconds: of the search, over all of its drivers.
-        cost: seconds of trials, summed over workers.
-        gain: end when the improvement to be expected of the next trial is below this many standard errors of the best
-            trial's score.
-        patience: for so many trials in a row.
+        seconds: of the search, over all of its drivers; the time between two drivers does not count.
+        cost: seconds of trials that have a score, summed over workers.
+        gain: end when the improvement to be expected of the next proposal over the best posterior mean is below this
+            many standard errors of the best trial's score, see `search.belief.expected_gain`.
+        patience: for so many proposals in a row, quasi-random ones left out.
     """
 
     seconds: Positive | None = None

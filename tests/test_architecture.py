@@ -33,6 +33,7 @@ FLOORS = [
     ["trial"],
     [
         "worker",
+        "winner",
         "finalize",
         "comparison",
         "comparison_html",

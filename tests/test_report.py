@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import math
 import re
@@ -20,16 +21,20 @@ from adasearch.config import Component, FinalizeConfig, SpaceConfig, StudyConfig
 from adasearch.racing import Rung
 from adasearch.records import (
     DENSE,
+    Evidence,
     Failure,
     FinalRecord,
     Record,
+    read_finals,
     trial_folder,
     write_final,
     write_items,
     write_record,
 )
 from adasearch.registry import NoOptions
-from adasearch.sections import BudgetConfig, ModelConfig, ObjectiveConfig, ReportConfig
+from adasearch.search.outcomes import write_ended
+from adasearch.search.stopping import Ended
+from adasearch.sections import BudgetConfig, ModelConfig, ObjectiveConfig, ReportConfig, StoppingConfig
 
 LAYERS = 12
 DENSE_PARAMETERS = 134_515_008
@@ -328,9 +333,35 @@ class TestPage:
         made = report.Difference
         assert "no difference shown" in report_html.verdict(made(mean=0.01, low=-0.01, high=0.03), "x")
         assert "no difference shown" in report_html.verdict(made(mean=0.01, low=0.0, high=0.03), "x")
-        assert ">better<" in report_html.verdict(made(mean=0.02, low=0.01, high=0.03), "x")
-        assert ">worse<" in report_html.verdict(made(mean=-0.02, low=-0.03, high=-0.01), "x")
+        assert ">better by 2.0 points<" in report_html.verdict(made(mean=0.02, low=0.01, high=0.03), "x")
+        assert ">worse by 2.0 points<" in report_html.verdict(made(mean=-0.02, low=-0.03, high=-0.01), "x")
         assert report_html.verdict(None, "x") == ""
+
+    def test_the_winners_scores_stand_side_by_side(self, run: Path) -> None:
+        _, text = read(report.write(run, study()))
+        assert "winner's curse" not in text
+        for number, merit in ((22, 0.41), (23, 0.43), (20, 0.40)):
+            record = next(r for r in read_finals(run) if r.trial == number)
+            known = Evidence(score=0.46, stderr=0.012, mean=0.44 if number == 23 else 0.43, sd=0.008)
+            write_final(run, dataclasses.replace(record, search=known, merit=merit))
+        found = report.gather(run, study())
+        assert [f.trial for f in found.finals] == [23, 22, 20]
+        _, text = read(report.write(run, study()))
+        margin = np.mean([s.margin for s in found.finals[0].report])
+        assert "The winner scored 0.460 in the search; all trials together say 0.440, 0.020 below" in text
+        assert "0.460 ± 0.012 0.440 ± 0.008" in text
+        assert f"0.430 {margin:.3f}" in text  # merit, then the margin on report items
+
+    def test_how_the_search_ended(self, run: Path) -> None:
+        _, text = read(report.write(run, study()))
+        assert "The search ran all 24 trials." in text
+        rule = StoppingConfig(gain=0.2)
+        write_ended(run, Ended(reason="expected gain 0.002 is below 0.2", asked=24, trials=60, rule=rule))
+        _, text = read(report.write(run, study(trials=60, stopping=rule)))
+        assert "The search ended after 24 of 60 trials: expected gain 0.002 is below 0.2." in text
+        assert "· 24 trials ·" in text
+        _, text = read(report.write(run, study(trials=60)))
+        assert "The search" not in text.replace("The search maximised", "")
 
     def test_best_that_is_a_recipe(self, run: Path) -> None:
         final(run, "trial2", 2, "finalist", skill=3.0, recipe="taylor")

@@ -1,8 +1,9 @@
 """The loop of a search: ask, hand out, collect, tell; over again until all trials are told.
 
 Proposals follow from the seed and the number of workers alone, never from which trial was quicker: trials are told in
-the order of their numbers, and trial n is asked when exactly the trials up to n - lag have been told. A finished trial
-is on disk before it counts, so the driver may end at any point and go on from there.
+the order of their numbers, and trial n is asked when exactly the trials up to n - lag have been told. It is proposed
+in a thread while earlier ones run, so a free worker finds it in the queue. A finished trial is on disk before it
+counts, so the driver may end at any point and go on from there.
 """
 
 from __future__ import annotations
@@ -13,41 +14,48 @@ import json
 import logging
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from adasearch.config import StudyConfig, TrialConfig, TrialResult
 from adasearch.documents import value
-from adasearch.errors import NoTrialError
+from adasearch.errors import NoTrialError, StorageError
 from adasearch.promotion import Gate
 from adasearch.racing import in_control
 from adasearch.records import DENSE, Record, read_records, trial_folder
+from adasearch.search.ahead import Proposer
 from adasearch.search.executor import Executor, Outcome
 from adasearch.search.gates import gates_of
 from adasearch.search.lease import hold
 from adasearch.search.outcomes import (
     Asked,
+    SearchClock,
     commonest_cause,
     copied_record,
-    lag,
+    due,
+    lag_of,
+    made_ahead,
     next_attempt,
-    num_workers,
+    read_ended,
     records_of,
     settled,
     sound_record,
     too_many_failed,
+    write_ended,
     write_proposal,
 )
 from adasearch.search.seeds import find_seeds
+from adasearch.search.snapshot import Observer, Snapshot
 from adasearch.search.space import Space
+from adasearch.search.stopping import Ended, reason, spent, summary
 
 if TYPE_CHECKING:
     from adasearch.search.study import SearchStudy
 
 _LOG = logging.getLogger(__name__)
 _WAIT_SECONDS = 1.0
+_POLL_SECONDS = 0.1
 
 
 @value
@@ -73,41 +81,6 @@ class Assignment:
     incumbent: str | None
     control: bool = False
     gates: tuple[Gate, ...] = ()
-
-
-@value
-class Snapshot:
-    """Where a search stands, for a display.
-
-    Args:
-        total: trials of the study.
-        done: trials that are finished, failed ones too; without the dense model.
-        running: number, phase, and share of the phase done if known, of each trial in a worker.
-        stopped: finished trials that stopped early.
-        failed: finished trials that have no score.
-        best: score of the best trial told, its standard error and number.
-        dense: score of the dense model and its standard error.
-        seconds_elapsed: since this driver started.
-        seconds_left: estimate, None before the first trial is done.
-        last: what has just happened, None if nothing has.
-    """
-
-    total: int
-    done: int
-    running: tuple[tuple[int, str, float | None], ...]
-    stopped: int
-    failed: int
-    best: float | None
-    best_stderr: float | None
-    best_trial: int | None
-    dense: float | None
-    dense_stderr: float | None
-    seconds_elapsed: float
-    seconds_left: float | None
-    last: str | None
-
-
-Observer = Callable[[Snapshot], None]
 
 
 @dataclasses.dataclass(slots=True)
@@ -145,7 +118,7 @@ def run_search(study: StudyConfig, space: Space, run: Path, executor: Executor, 
         space: its space, made with the study's seed.
         run: the run folder, made if it is not there.
         executor: where trials run; closed if the search ends early, left open if it is complete.
-        observer: called with a snapshot whenever something has happened, and about once a second.
+        observer: called with a snapshot whenever something has happened, and at least about once a second.
 
     Raises:
         StorageError: the folder is held by another driver, is of another study, is damaged, or the disk is full.
@@ -160,8 +133,9 @@ def run_search(study: StudyConfig, space: Space, run: Path, executor: Executor, 
         try:
             with hold(run), contextlib.closing(open_study(run, study, space)) as book:
                 search = _Search(study, space, run, executor, observer, book)
-                search.resume()
-                search.loop()
+                with search:
+                    search.resume()
+                    search.loop()
         except BaseException:
             executor.close()
             raise
@@ -176,7 +150,11 @@ class _Search:
     ) -> None:  # fmt: skip
         self._study, self._space, self._run = study, space, run
         self._executor, self._observer, self._book = executor, observer, book
-        self._lag = lag(num_workers(study))
+        self._lag = lag_of(study)
+        self._limit = study.trials
+        self._since = -1
+        self._proposer = Proposer(book.proposed, ahead=made_ahead(study))
+        self._clock = SearchClock(run)
         self._trials: list[_Trial] = []
         self._dense = _Trial(Asked(number=DENSE, params={}, recipe=None, told=True), None)
         self._by_key: dict[str, int] = {}
@@ -185,11 +163,18 @@ class _Search:
         self._told = 0
         self._outcomes: list[Record] = []
         self._events: list[str] = []
-        self._begun = time.monotonic()
         seeds = find_seeds(study, space)
         self._recipes = seeds.recipes
         for line in seeds.lines():
             self._say(line)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._proposer.close()
+        with contextlib.suppress(StorageError):  # what ended the search says more
+            self._clock.keep(now=True)
 
     def resume(self) -> None:
         """Take up what an earlier driver left: recorded trials wait to be told, the others are run again."""
@@ -206,18 +191,34 @@ class _Search:
         for trial in self._trials[self._told :]:
             if trial.record is None and trial.twin is None and not trial.asked.told:
                 self._queue.add(trial.asked.number)
+        self._take_up_decision()
         if self._trials:
             self._events.append(f"going on: {self._told} of {self._total} trials are told")
+
+    def _take_up_decision(self) -> None:
+        """Keep to an earlier decision to end, or lift it where the study has got another rule or more trials since."""
+        ended = read_ended(self._run)
+        if ended is None:
+            return
+        if ended.stands(self._study.stopping, self._study.trials):
+            self._limit = ended.asked
+            self._events.append(summary(ended, self._study.trials))
+            return
+        self._since = ended.asked
+        if not ended.lifted:
+            write_ended(self._run, dataclasses.replace(ended, lifted=True))
 
     def loop(self) -> None:
         """Run until every trial is told and the dense model is scored."""
         while True:
+            self._hand_out()
             self._advance()
             self._hand_out()
+            self._clock.keep()
             self._report()
-            if not self._running and not self._queue and self._told >= self._total:
+            if not self._running and not self._queue and self._next is None:
                 break
-            for outcome in self._executor.wait(_WAIT_SECONDS):
+            for outcome in self._wait():
                 self._collect(outcome)
         self._book.note(self._dense_result, self._best())
         if not any(trial.record and trial.record.result for trial in self._trials):
@@ -230,7 +231,18 @@ class _Search:
 
     @property
     def _total(self) -> int:
-        return max(self._study.trials, len(self._trials))
+        return max(self._limit, len(self._trials))
+
+    @property
+    def _next(self) -> Literal["ask", "tell"] | None:
+        return due(len(self._trials), self._told, self._lag, self._limit)
+
+    def _wait(self) -> list[Outcome]:
+        """Return what has finished, as soon as something has; also when a proposal is ready that a worker waits for."""
+        if self._proposer.busy and not self._running:
+            self._proposer.wait(_WAIT_SECONDS)
+            return []
+        return self._executor.wait(_POLL_SECONDS if self._proposer.busy else _WAIT_SECONDS)
 
     @property
     def _dense_result(self) -> TrialResult | None:
@@ -248,18 +260,45 @@ class _Search:
 
     def _advance(self) -> None:
         """Tell and ask as far as the order allows; see the head of this module."""
-        moved = True
-        while moved:
-            asked = len(self._trials)
-            moved = False
-            if self._told < asked and (self._told <= asked - self._lag or asked >= self._study.trials):
-                moved = self._tell_next()
-            elif asked < self._study.trials and self._told > asked - self._lag:
-                recipe = self._recipes[asked] if asked < len(self._recipes) else None
-                trial = self._added(self._book.ask(asked, recipe))
-                if trial.twin is None:
-                    self._queue.add(asked)
-                moved = True
+        while (step := self._next) is not None:
+            if not (self._ask_next() if step == "ask" else self._tell_next()):
+                return
+
+    def _ask_next(self) -> bool:
+        """Ask for the next trial, or decide that there is none; False where its proposal is still being computed."""
+        number = len(self._trials)
+        if self._is_over():
+            return True
+        if number < len(self._recipes):
+            recipe = self._recipes[number]
+            asked = Asked(number=number, params=recipe.params, recipe=recipe.name, told=False)
+        else:
+            found = self._proposer.proposal(lambda: self._book.before(number))
+            if found is None:
+                return False
+            if number > self._since and self._is_over(found.gain):
+                return True
+            asked = Asked(number=number, params=found.params, recipe=None, told=False, gain=found.gain)
+        self._book.add(asked)
+        if self._added(asked).twin is None:
+            self._queue.add(number)
+        return True
+
+    def _is_over(self, *following: float | None) -> bool:
+        """Decide whether no more trials are asked for; `following` is the expected gain of the next one if known."""
+        number, rule = len(self._trials), self._study.stopping
+        proposals = [t.asked for t in self._trials[self._since + 1 :] if t.asked.recipe is None]
+        finished = [trial.record for trial in self._trials if trial.record]
+        gains = [asked.gain for asked in proposals] + [*following]
+        why = reason(rule, self._clock.seconds, spent(finished), gains) if number else None
+        if why is None:
+            return False
+        ended = Ended(reason=why, asked=number, trials=self._study.trials, rule=rule)
+        write_ended(self._run, ended)
+        self._limit = number
+        self._proposer.forget()
+        self._say(summary(ended, self._study.trials))
+        return True
 
     def _tell_next(self) -> bool:
         trial = self._trials[self._told]
@@ -371,7 +410,7 @@ class _Search:
     def _snapshot(self, last: str | None) -> Snapshot:
         records = [trial.record for trial in self._trials if trial.record]
         best, dense = self._best(), self._dense_result
-        elapsed = time.monotonic() - self._begun
+        elapsed = self._clock.here
         done, here = len(records), len(self._outcomes)
         return Snapshot(
             total=self._total,

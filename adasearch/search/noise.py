@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -15,7 +16,7 @@ class Consensus:
     A score is the mean over items of v_ik = f_i + c_k + e_ik: what trial i is worth, what item k is worth to all, and
     the rest. The mean of c_k is the same in every trial's score and moves no comparison; what does is the mean of e_ik.
     Its standard error is estimated from the differences to the consensus, in the way of a two-way analysis of variance
-    without replication (Scheffe 1959, chapter 4): sqrt(sum over T tasks of s^2 / n) / T, with s^2 the variance over n
+    without replication (Scheffé 1959, chapter 4): sqrt(sum over T tasks of s^2 / n) / T, with s^2 the variance over n
     items of v_ik minus the consensus. The consensus over m other trials has a share 1 / m of the variance of a single
     one, which is taken off.
     """
@@ -31,11 +32,33 @@ class Consensus:
         self._sums = {task: self._sums.get(task, 0.0) + np.asarray(x, dtype=np.float64) for task, x in values.items()}
         self._count += 1
 
-    def error(self, values: TaskValues) -> float | None:
-        """Return the paired standard error of a trial that is not counted in; None where nothing is comparable."""
+    def error(self, values: TaskValues, *, counted: bool = False) -> float | None:
+        """Return the paired standard error of a trial, None where nothing is comparable.
+
+        Args:
+            values: of its items by task.
+            counted: the trial is among those counted in, so that the consensus holds a share of it.
+        """
+        if counted and self._count < 2:
+            return None
         lengths = {task: len(x) for task, x in values.items()}
         known = all(task in self._sums and len(self._sums[task]) >= n for task, n in lengths.items())
         if not self._count or not values or not known or min(lengths.values()) < 2:
             return None
         mean = {task: self._sums[task] / self._count for task in values}
-        return paired_gap(values, mean)[1] * math.sqrt(self._count / (self._count + 1))
+        return paired_gap(values, mean)[1] * math.sqrt(self._count / (self._count + (-1 if counted else 1)))
+
+
+def paired_errors(full: Mapping[int, TaskValues], stopped: Mapping[int, TaskValues]) -> dict[int, float]:
+    """Return the paired standard errors of trials by number, of those that have one.
+
+    Args:
+        full: item values of the trials that were scored in full.
+        stopped: of those that were scored on fewer items.
+    """
+    consensus = Consensus()
+    for values in full.values():
+        consensus.add(values)
+    found = {number: consensus.error(values, counted=True) for number, values in full.items()}
+    found |= {number: consensus.error(values) for number, values in stopped.items()}
+    return {number: error for number, error in found.items() if error is not None}

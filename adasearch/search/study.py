@@ -36,15 +36,17 @@ from adasearch.records import (
     write_atomically,
 )
 from adasearch.search import lease
+from adasearch.search.belief import Scored, expected_gain
 from adasearch.search.executor import printable
 from adasearch.search.noise import Consensus
 from adasearch.search.notes import study_note, trial_note
-from adasearch.search.outcomes import Asked, Recipe, lag, num_workers, settled
+from adasearch.search.outcomes import Asked, Proposed, lag_of, settled
 from adasearch.search.sampler import NOISE, RECIPE, STDERR, distributions
 from adasearch.search.samplers import make_sampler
 from adasearch.search.space import Space
 
 _NAME, _FINGERPRINT = "study.db", "fingerprint"
+GAIN = "expected gain"
 _FOLDER = re.compile(r"^(\d+)-(\d+)$")
 _BUSY_SECONDS = 60.0
 
@@ -143,31 +145,53 @@ class SearchStudy:
         with _database(self._path):
             frozen = self._study.get_trials(deepcopy=False)
         return [
-            Asked(number=t.number, params=dict(t.params), recipe=t.user_attrs.get(RECIPE), told=t.state.is_finished())
+            Asked(
+                number=t.number,
+                params=dict(t.params),
+                recipe=t.user_attrs.get(RECIPE),
+                told=t.state.is_finished(),
+                gain=t.user_attrs.get(GAIN),
+            )
             for t in frozen
         ]
 
-    def ask(self, number: int, recipe: Recipe | None) -> Asked:
-        """Return the new trial `number`: a recipe, or what the sampler proposes given all that was told.
-
-        The sampler is asked on a copy in memory, because a trial that Optuna asks for gets its values one transaction
-        after the other; here it is in the study whole or not at all.
-        """
+    def before(self, number: int) -> list[optuna.trial.FrozenTrial]:
+        """Return the trials before `number`, which is the next one: all that a proposal of it may know."""
         with _database(self._path):
             before = self._study.get_trials(deepcopy=False)
         assert len(before) == number, f"asked for trial {number} of {len(before)}"
-        params = recipe.params if recipe else self._proposed(before)
-        asked = Asked(number=number, params=params, recipe=recipe.name if recipe else None, told=False)
-        self.add(asked)
-        return asked
+        return before
 
-    def _proposed(self, before: list[optuna.trial.FrozenTrial]) -> dict[str, Any]:
+    def proposed(self, before: list[optuna.trial.FrozenTrial]) -> Proposed:
+        """Return what the sampler proposes after `before`. Reads no database, so any thread may call it.
+
+        The sampler is asked on a copy in memory, because a trial that Optuna asks for gets its values one transaction
+        after the other; in the study it is whole or not at all.
+        """
         sampler = make_sampler(self._config.sampler, self._space, self._config.seed, len(before))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             copy = optuna.create_study(direction="maximize", sampler=sampler)
             copy.add_trials(before)
-            return dict(copy.ask(self._distributions).params)
+            params = dict(copy.ask(self._distributions).params)
+        return Proposed(params=params, gain=self._gain(before, params))
+
+    def _gain(self, before: list[optuna.trial.FrozenTrial], params: dict[str, Any]) -> float | None:
+        """Return the expected gain of a point that the model proposes, None where no rule asks for it."""
+        drawn = sum(RECIPE not in trial.user_attrs for trial in before)
+        if self._config.stopping.gain is None or drawn < self._config.sampler.startup:
+            return None
+        scored = [
+            Scored(
+                params=t.params,
+                score=float(t.values[0]),
+                stderr=float(t.user_attrs.get(NOISE, t.user_attrs.get(STDERR, 0.0))),
+                full=t.user_attrs.get("state") == "done",
+            )
+            for t in before
+            if t.state == TrialState.COMPLETE and t.values and self._distributions.keys() <= t.params.keys()
+        ]
+        return expected_gain(self._space, scored, params)
 
     def tell(self, record: Record, dense: TrialResult | None) -> None:
         """Tell what came of a trial, with its attributes, note and files. Telling again what was told does nothing.
@@ -224,7 +248,9 @@ class SearchStudy:
             state=TrialState.RUNNING,
             params=known,
             distributions=self._distributions if known else {},
-            user_attrs={RECIPE: asked.recipe} if asked.recipe else {},
+            user_attrs={
+                key: said for key, said in {RECIPE: asked.recipe, GAIN: asked.gain}.items() if said is not None
+            },
         )
         with _database(self._path):
             self._study.add_trial(trial)
@@ -336,7 +362,7 @@ def _rebuilt(run: Path, config: StudyConfig, space: Space) -> int:
     for asked in trials:
         study.add(asked)
     done = len(trials) >= config.trials
-    last = len(trials) if done else len(trials) - lag(num_workers(config)) + 1
+    last = len(trials) if done else len(trials) - lag_of(config) + 1
     dense = next((r.result for r in by_number.get(-1, []) if r.result), None)
     for asked in trials[: max(last, 0)]:
         final = settled(by_number.get(asked.number, []), config.limits.attempts)
@@ -363,7 +389,8 @@ def _trials_on_disk(run: Path, space: Space) -> list[Asked]:
 def _trial_on_disk(folder: Path, number: int, space: Space) -> Asked | None:
     try:
         data = json.loads((folder / "proposal.json").read_text(encoding="utf-8"))
-        return Asked(number=number, params=dict(data["params"]), recipe=data["recipe"], told=False)
+        point, gain = dict(data["params"]), data.get("gain")
+        return Asked(number=number, params=point, recipe=data["recipe"], told=False, gain=gain)
     except (OSError, ValueError, KeyError, TypeError):
         record = read_record(folder)
     if record is None or record.config is None:

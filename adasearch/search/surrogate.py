@@ -5,7 +5,6 @@ Shape legend: N observed points, M points running, Q candidates, d features in [
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch import Tensor
 from adasearch.documents import value
 from adasearch.search.gaussian import MAX_FITTED, FitError, Hyperparameters, fitted
 
-__all__ = ["FitError", "Observations", "Proposal", "fit", "propose"]
+__all__ = ["Candidates", "FitError", "Observations", "Proposal", "fit", "means", "posterior", "propose"]
 
 MAX_POINTS, MAX_BASELINE = 500, 60
 _NUM_DRAWS = 64
@@ -147,6 +146,28 @@ def hyperparameters(data: Observations) -> Hyperparameters:
     return fitted(data.points[kept], scores[kept], noise[kept], groups)
 
 
+def posterior(data: Observations, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation (Q each) of the function at Q×d points, in units of the scores.
+
+    Raises:
+        FitError: a numerical failure.
+    """
+    _, _, center, spread = standardised(data)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        try:
+            model = fit(data)
+            with torch.no_grad():
+                found = model.posterior(torch.as_tensor(points, dtype=torch.float64))
+                mean, variance = found.mean.squeeze(-1).numpy(), found.variance.squeeze(-1).numpy()
+        except (BotorchError, NanError, NotPSDError, RuntimeError, ValueError) as error:
+            raise FitError(f"{type(error).__name__}: {error}") from error
+    if not (np.isfinite(mean).all() and np.isfinite(variance).all()):
+        raise FitError("the posterior is not finite")
+    return center + spread * mean, spread * np.sqrt(variance)
+
+
 def fit(data: Observations) -> SingleTaskGP:
     """Return a Gaussian process of standardised scores, see `standardised`, conditioned on what is known.
 
@@ -155,11 +176,11 @@ def fit(data: Observations) -> SingleTaskGP:
     Raises:
         FitError: a numerical failure.
     """
-    kept = thinned(data.scores, MAX_POINTS)
-    data = dataclasses.replace(data, points=data.points[kept], scores=data.scores[kept], variances=data.variances[kept])
     found = hyperparameters(data)
     scores, noise, _, _ = standardised(data)
-    x = torch.as_tensor(data.points, dtype=torch.float64)
+    kept = thinned(data.scores, MAX_POINTS)
+    scores, noise = scores[kept], noise[kept]
+    x = torch.as_tensor(data.points[kept], dtype=torch.float64)
     y = torch.as_tensor(scores, dtype=torch.float64).unsqueeze(-1)
     kernel = ScaleKernel(MaternKernel(nu=2.5, ard_num_dims=x.shape[-1])).double()
     kernel.base_kernel.lengthscale = torch.as_tensor(found.lengthscales)

@@ -109,7 +109,7 @@ def make_study(**over) -> StudyConfig:
         "recipes": RECIPES,
         "trials": 8,
         "seed": 7,
-        "cluster": ClusterConfig(workers=1),
+        "cluster": ClusterConfig(workers=1, address="in_process"),
     }
     return StudyConfig(**{**fields, "sampler": sampler, "limits": limits, **over})
 

@@ -119,7 +119,7 @@ def test_what_may_pass_is_settled_only_by_the_last_attempt():
     assert settled([failed(1, "memory")], 2) is None
     assert settled([failed(1, "memory"), failed(2, "timeout")], 2) == failed(2, "timeout")
     assert settled([failed(1, "nan")], 2) == failed(1, "nan")
-    assert (lag(1), lag(2), lag(8)) == (1, 3, 9)
+    assert (lag(1, ahead=False), lag(1), lag(2), lag(8)) == (1, 2, 4, 14)
 
 
 def test_a_note_shows_a_message_as_it_is():
