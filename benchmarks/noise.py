@@ -181,9 +181,6 @@ def merits(table: Table, metric: str = "margin") -> Iterator[tuple[str, np.ndarr
     values, of_task = table.values["search"][metric], table.of_task["search"]
     cut = mean["cut"]
     yield "divergence", -table.divergence[:, 0], mean["divergence"], cut + mean["divergence"]
-    few = len(table.of_task["unrecovered"]) / len(of_task)
-    label = f"unrecovered, {100 * few:.0f} % of items"
-    yield label, table.scores("unrecovered", metric), mean["unrecovered"], cut + mean["unrecovered"]
     look = mean["recover_short"] + mean["midway"]
     yield "divergence midway", -table.midway[:, 0], mean["midway"], cut + look
     recovered = cut + mean["recover_short"] + mean["recover_rest"]

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 
 METRICS = ("margin", "acc_norm", "log_odds")
-ROLES = ("unrecovered", "search", "report")
-WHOLE = ("search", "report")
-PHASES = ("cut", "divergence", "unrecovered", "recover_short", "midway", "recover_rest", "search", "report")
+ROLES = ("search", "report")
+PHASES = ("cut", "divergence", "recover_short", "midway", "recover_rest", "search", "report")
 
 Line = Mapping[str, Any]
 Point = dict[str, Any]
@@ -32,8 +31,8 @@ class Table:
         failed: points whose trial failed, with the reason; they are no rows of the arrays.
         tasks: by role the names of its tasks.
         of_task: by role, which of `tasks` each item belongs to (K); the items of a task lie together.
-        values: by role and metric the item values (N x K); of `unrecovered` the first items of each search task.
-        dense: by role (`WHOLE`) and metric the item values of the dense model (K).
+        values: by role and metric the item values (N x K).
+        dense: by role and metric the item values of the dense model (K).
         seconds: by phase, processor seconds (N).
         divergence: nats per token right after the cut and their standard error (N x 2).
         midway: the same on the way of the recovery (N x 2).
@@ -94,7 +93,7 @@ def pack(lines: Sequence[Line]) -> Table:
         raise SystemExit("packing needs the dense model and at least one trial without failure")
     sound.sort(key=lambda line: json.dumps(line["point"]))
     shapes = [_shape(line) for line in sound]
-    if any(shape != shapes[0] for shape in shapes) or any(shapes[0][role] != _shape(dense)[role] for role in WHOLE):
+    if any(shape != shapes[0] for shape in shapes) or any(shapes[0][role] != _shape(dense)[role] for role in ROLES):
         raise SystemExit("the recorded trials are not about the same items: record them with one study")
     counts = {role: list(shapes[0][role].values()) for role in ROLES}
     return Table(
@@ -105,7 +104,7 @@ def pack(lines: Sequence[Line]) -> Table:
         values={
             role: {m: np.array([_joined(line[role][m]) for line in sound]) for m in METRICS} for role in ROLES
         },
-        dense={role: {m: np.array(_joined(dense[role][m])) for m in METRICS} for role in WHOLE},
+        dense={role: {m: np.array(_joined(dense[role][m])) for m in METRICS} for role in ROLES},
         seconds={phase: np.array([line["seconds"][phase] for line in sound]) for phase in PHASES},
         divergence=np.array([line["divergence"] for line in sound]),
         midway=np.array([line["midway"] for line in sound]),
@@ -129,7 +128,7 @@ def save_table(table: Table, path: Path) -> None:
     for role in ROLES:
         arrays[f"of_task/{role}"] = table.of_task[role].astype(np.int8)
         arrays |= {f"{role}/{m}": _small(m, table.values[role][m]) for m in METRICS}
-    arrays |= {f"dense/{role}/{m}": _small(m, table.dense[role][m]) for role in WHOLE for m in METRICS}
+    arrays |= {f"dense/{role}/{m}": _small(m, table.dense[role][m]) for role in ROLES for m in METRICS}
     head = json.dumps({"points": table.points, "failed": table.failed, "tasks": table.tasks, "phases": PHASES})
     np.savez_compressed(path, head=np.frombuffer(head.encode(), dtype=np.uint8), allow_pickle=False, **arrays)
 
@@ -154,7 +153,7 @@ def load_table(path: Path) -> Table:
         tasks={role: tuple(names) for role, names in head["tasks"].items()},
         of_task=of_task,
         values={role: {m: wide[f"{role}/{m}"] for m in METRICS} for role in ROLES},
-        dense={role: {m: wide[f"dense/{role}/{m}"] for m in METRICS} for role in WHOLE},
+        dense={role: {m: wide[f"dense/{role}/{m}"] for m in METRICS} for role in ROLES},
         seconds=dict(zip(head["phases"], wide["seconds"], strict=True)),
         divergence=wide["divergence"],
         midway=wide["midway"],
