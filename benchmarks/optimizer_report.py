@@ -103,12 +103,12 @@ def row_key(row: Row) -> tuple[Any, ...]:
 
 
 def medians(curves: np.ndarray) -> np.ndarray:
-    """Return the greatest median over runs so far, along the axis (... x R x X -> ... x X)."""
-    return np.asarray(np.maximum.accumulate(np.median(curves, axis=-2), axis=-1))
+    """Return the median over runs (... x R x X -> ... x X)."""
+    return np.asarray(np.median(curves, axis=-2))
 
 
 def reached(median: np.ndarray, level: np.ndarray) -> np.ndarray:
-    """Return the first place, from 1, at which a rising curve (... x X) is at `level` (...), infinity for none."""
+    """Return the first place, from 1, at which a curve (... x X) is at `level` (...) or above, infinity for none."""
     there = median >= level[..., None] - 1e-12
     return np.where(there.any(-1), there.argmax(-1) + 1.0, np.inf)
 
@@ -116,8 +116,8 @@ def reached(median: np.ndarray, level: np.ndarray) -> np.ndarray:
 def saving(base: np.ndarray, other: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
     """Return how many times less of the axis `other` takes to get where `base` gets in the end, and a 95 % interval.
 
-    The level is the best median over runs that the base comes to; both are timed until their median first gets there,
-    so that a base that stops improving early is credited with it. The interval is the percentile bootstrap over
+    The level is the base's median over runs in the end; both are timed until their median first gets there, so that a
+    base that stops improving early is credited with it. The interval is the percentile bootstrap over
     seeds, the same ones for both. 0 where `other` does not get there.
 
     Args:
@@ -139,7 +139,7 @@ def saving(base: np.ndarray, other: np.ndarray, seed: int = 0) -> tuple[float, f
 def efficiency(alone: np.ndarray, many: np.ndarray) -> float:
     """Return what a trial with many workers is worth, in trials of one worker at the same level.
 
-    The level is the lower one of what both come to; the figure is the trials that one worker needs for it over those
+    The level is the lower one of what both have in the end; the figure is the trials that one worker needs for it over those
     that many need.
     """
     one, two = medians(alone), medians(many)
