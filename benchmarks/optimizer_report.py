@@ -20,6 +20,7 @@ Group = tuple[str, int, str]
 
 RESAMPLES = 1_000
 BASES = ("tpe", "random")
+TOLERANCE = 0.01
 PER_TRIAL = 10  # places on the axis of cost for each whole trial
 COLOURS = ("#1b6ca8", "#d1495b", "#3a7d44", "#edae49", "#6a4c93", "#00798c", "#8d6a4f", "#444444", "#c77dff", "#7cb518")
 
@@ -108,16 +109,20 @@ def medians(curves: np.ndarray) -> np.ndarray:
 
 
 def reached(median: np.ndarray, level: np.ndarray) -> np.ndarray:
-    """Return the first place, from 1, at which a curve (... x X) is at `level` (...) or above, infinity for none."""
-    there = median >= level[..., None] - 1e-12
-    return np.where(there.any(-1), there.argmax(-1) + 1.0, np.inf)
+    """Return the place, from 1, from which on a curve (... x X) stays at `level` (...) or above, infinity for none.
+
+    A dip of `TOLERANCE` does not count: what is chosen by noisy scores comes and goes.
+    """
+    there = median >= level[..., None] - TOLERANCE
+    stays = np.flip(np.logical_and.accumulate(np.flip(there, -1), axis=-1), -1)
+    return np.where(stays[..., -1], stays.argmax(-1) + 1.0, np.inf)
 
 
 def saving(base: np.ndarray, other: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
     """Return how many times less of the axis `other` takes to get where `base` gets in the end, and a 95 % interval.
 
-    The level is the base's median over runs in the end; both are timed until their median first gets there, so that a
-    base that stops improving early is credited with it. The interval is the percentile bootstrap over
+    The level is the base's median over runs in the end; both are timed until their median gets there to
+    stay, so that a base that stops improving early is credited with it. The interval is the percentile bootstrap over
     seeds, the same ones for both. 0 where `other` does not get there.
 
     Args:
@@ -139,8 +144,8 @@ def saving(base: np.ndarray, other: np.ndarray, seed: int = 0) -> tuple[float, f
 def efficiency(alone: np.ndarray, many: np.ndarray) -> float:
     """Return what a trial with many workers is worth, in trials of one worker at the same level.
 
-    The level is the lower one of what both have in the end; the figure is the trials that one worker needs for it over those
-    that many need.
+    The level is the lower one of what both have in the end; the figure is the trials that one worker needs for it over
+    those that many need.
     """
     one, two = medians(alone), medians(many)
     level = np.asarray(min(one[-1], two[-1]))

@@ -438,10 +438,12 @@ def sweep(samplers, seeds=4, workers=(4,)):
 
 
 def test_savings_are_counted_to_the_level_that_the_base_comes_to():
-    slow, fast = np.array([[0.0, 0.1, 0.2, 0.3, 0.3]]), np.array([[0.0, 0.3, 0.2, 0.4, 0.4]])
+    slow, fast = np.array([[0.0, 0.1, 0.2, 0.3, 0.3]]), np.array([[0.0, 0.3, 0.295, 0.4, 0.4]])
     both = np.repeat(slow, 3, 0), np.repeat(fast, 3, 0)
-    assert optimizer_report.saving(*both) == (2.0, 2.0, 2.0), "the base is there after 4 trials, the other after 2, for a while"
+    assert optimizer_report.saving(*both) == (2.0, 2.0, 2.0), "the base is there after 4 trials, the other after 2"
     assert optimizer_report.saving(*both[::-1]) == (0.0, 0.0, 0.0), "never there"
+    dipped = np.repeat(np.array([[0.0, 0.3, 0.2, 0.2, 0.3]]), 3, 0)
+    assert optimizer_report.saving(both[0], dipped)[0] == 4 / 5, "what is lost again does not count"
     assert optimizer_report.efficiency(fast[0:1], slow[0:1]) == pytest.approx(2 / 4)
 
 
