@@ -305,7 +305,9 @@ class Pruned(Problem):
         z = self._standard(params)
 
         def rung(name: str) -> Phase:
-            merit = z + self._doubts[name] * self._doubt(params, name)
+            guess = z + self._doubts[name] * self._doubt(params, name)
+            score = 0.35 + SPREAD * guess
+            merit = score if name == "unrecovered" else -1.5 * math.exp(-0.4 * guess)  # a divergence has a heavy tail
             return Phase(name=name, seconds=SECONDS * RUNG_COSTS[name] * luck(), merit=merit, extra=True)
 
         blocks = scored(items, of_task, SECONDS * SCORE)

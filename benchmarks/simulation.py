@@ -31,6 +31,7 @@ class Progress:
         params: where it lies.
         recipe: whether it is a seed trial.
         merits: by rung, in order.
+        reached: seconds that were spent when the rung was known, by rung.
         score: of the whole trial, None before its end and where it was stopped.
         stderr: of the score.
         spent: seconds.
@@ -40,6 +41,7 @@ class Progress:
     params: dict[str, Any]
     recipe: bool
     merits: dict[str, float] = field(default_factory=dict)
+    reached: dict[str, float] = field(default_factory=dict)
     score: float | None = None
     stderr: float = 0.0
     spent: float = 0.0
@@ -229,7 +231,7 @@ class Replay:
             trial.value = progress.score, progress.stderr
             return
         if phase.merit is not None:
-            progress.merits[phase.name] = phase.merit
+            progress.merits[phase.name], progress.reached[phase.name] = phase.merit, progress.spent
             stop = self._stop(trial, phase.name)
             if stop is not None:
                 trial.value = stop.value, stop.stderr
@@ -253,7 +255,8 @@ class Replay:
             return False
         full = source.progress.score is not None
         if trial is not source:
-            trial.progress.merits, trial.progress.score = source.progress.merits, source.progress.score
+            mine, its = trial.progress, source.progress
+            mine.merits, mine.reached, mine.score, mine.spent = its.merits, its.reached, its.score, its.spent
         value, stderr = source.value
         paired = self._paired(source) if full else stderr
         self._book.tell(number, value, stderr, paired)

@@ -469,3 +469,24 @@ def test_the_report_holds_every_sampler_and_the_chart_draws_it():
     import xml.etree.ElementTree as ElementTree
 
     ElementTree.fromstring(picture)
+
+
+def test_gates_stop_what_promises_little():
+    pytest.importorskip("adasearch.promotion")
+    from benchmarks.gates import Gates
+
+    policy = Gates(control=0.0)
+    problem, setting = analytic("profile_12")(0), Setting(workers=1, trials=40, seed=0)
+    points = problem.sample(40, seed=4)
+
+    class Drawn(Counting):
+        def ask(self, number, recipe):
+            return points[number]
+
+    told = Replay(problem, Drawn(), setting, policy).run()
+    stopped = [t for t in told if not t.full]
+    assert len(stopped) > 5
+    assert all(t.full for t in told[:8]), "nothing is known yet"
+    worth = {flag: np.mean([problem.held_out(t.params) for t in told if t.full == flag]) for flag in (True, False)}
+    assert worth[True] > worth[False]
+    assert told[-1].cost < Replay(problem, Drawn(), setting).run()[-1].cost
