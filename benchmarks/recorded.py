@@ -25,6 +25,7 @@ import numpy as np
 
 from adasearch.config import StudyConfig, TrialConfig, load_study, merged
 from adasearch.errors import TrialError
+from benchmarks.table import pack, save_table
 
 IMPORTANCE = ("wanda_sp", "flap", "act_norm", "taylor")
 GRAIN = ("element", "vector")
@@ -192,11 +193,21 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--study", type=Path, default=Path(__file__).with_name("recorded.yaml"))
     made.add_argument("--record", type=Path, required=True, help="file of recorded trials, one line each")
     made.add_argument("--workers", type=int, default=2)
+    made.add_argument("--pack", type=Path, help="pack what is recorded into this .npz, and record nothing")
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    if args.pack:
+        table = pack(lines_of(args.record))
+        save_table(table, args.pack)
+        missing = sum(1 for _ in points()) - len(table.points) - len(table.failed)
+        size = args.pack.stat().st_size / 1024
+        print(
+            f"{args.pack}: {len(table.points)} trials, {len(table.failed)} failed, {missing} not there; {size:.0f} KiB"
+        )
+        return
     record(load_study(args.study), args.record, args.workers)
 
 
