@@ -1,8 +1,9 @@
 """The loop of a search: ask, hand out, collect, tell; over again until all trials are told.
 
 Proposals follow from the seed and the number of workers alone, never from which trial was quicker: trials are told in
-the order of their numbers, and trial n is asked when exactly the trials up to n - lag have been told. A finished trial
-is on disk before it counts, so the driver may end at any point and go on from there.
+the order of their numbers, and trial n is asked when exactly the trials up to n - lag have been told. What a trial must
+show at its rungs follows from the same trials, and from which share of their time was still to come there. A finished
+trial is on disk before it counts, so the driver may end at any point and go on from there.
 """
 
 from __future__ import annotations
