@@ -424,6 +424,31 @@ class TestRungs:
         _, text = read(report.write(tmp_path, study()))
         assert "2 trials that were behind went on as a control; 1 of them ended ahead" in text
 
+    def test_who_stopped_before_its_score_judges_no_rung_and_saves_time(self, tmp_path: Path) -> None:
+        for number in range(9):
+            trial(tmp_path, number, 0.3 + 0.01 * number)
+        early = rungs_of(0.5, stopped=True)[:1]
+        for number in (9, 10):
+            trial(tmp_path, number, 0.1, rungs=early, stopped=True)
+        trial(tmp_path, 11, 0.1, rungs=rungs_of(0.1, stopped=True), stopped=True)
+        results = self.results(tmp_path)
+        assert [result.measured for result in results[8:]] == [True, False, False, True]
+        first, second = report_rungs.rung_rows(results)
+        assert (first.trials, first.stopped, second.trials, second.stopped) == (10, 2, 9, 1)
+        assert first.correlation == pytest.approx(1.0)  # 1 - 0.5 beside 0.1 would spoil the order
+        full = np.mean([sum(r.seconds.values()) for r in results[:9]])
+        took = [sum(r.seconds.values()) for r in results[9:]]
+        assert first.saved == pytest.approx(max(0.0, 2 * full - sum(took[:2])))
+        assert second.saved == pytest.approx(max(0.0, full - took[2]))
+
+    def test_without_a_race_the_control_group_is_held_against_the_best_before(self, tmp_path: Path) -> None:
+        asked = [dataclasses.replace(rungs_of(0.4, stopped=False)[0], least=-0.5), *rungs_of(0.4, stopped=False)[1:]]
+        trial(tmp_path, 0, 0.4, rungs=rungs_of(0.4, stopped=False))
+        trial(tmp_path, 1, 0.3, rungs=tuple(asked))  # rightly to be stopped
+        trial(tmp_path, 2, 0.5, rungs=tuple(asked))  # wrongly
+        trial(tmp_path, 3, 0.6, rungs=rungs_of(0.6, stopped=False))
+        assert report_rungs.control_group(self.results(tmp_path)) == (2, 1)
+
     def test_the_page_shows_them(self, run: Path) -> None:
         source, text = read(report.write(run, study()))
         assert "What is known early" in text

@@ -2,7 +2,8 @@
 
 Proposals follow from the seed and the number of workers alone, never from which trial was quicker: trials are told in
 the order of their numbers, and trial n is asked when exactly the trials up to n - lag have been told. It is proposed
-in a thread while earlier ones run, so a free worker finds it in the queue. A finished trial is on disk before it
+in a thread while earlier ones run, so a free worker finds it in the queue. What a trial must show at its rungs follows
+from the same trials, and from which share of their time was still to come there. A finished trial is on disk before it
 counts, so the driver may end at any point and go on from there.
 """
 

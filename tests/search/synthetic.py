@@ -155,11 +155,21 @@ def result_of(task: Assignment, faults: Faults) -> TrialResult:
         task="cloze/pydoc", n=50, acc=0.5, acc_stderr=0.07, acc_norm=None, acc_norm_stderr=None,
         margin=score, margin_stderr=0.01,
     )  # fmt: skip
+    first = Rung(kind="divergence", share=0.0, value=1 - score, stderr=0.02, seconds=0.001, spent=0.001)
+    asked = next((gate for gate in task.gates if gate.kind == "divergence"), None)
+    if asked is not None:
+        first = dataclasses.replace(first, least=asked.least)
+        if asked.stops and first.behind:
+            predicted, stderr = asked.predict(first.merit)
+            return TrialResult(
+                score=predicted, stderr=stderr, tasks=(), parameters=800, widths={"layers.0.mlp": 8}, items=0,
+                stopped=True, seconds={"prune": 0.001}, peak_bytes=2**20, notes={}, rungs=(first,),
+            )  # fmt: skip
     return TrialResult(
         score=score, stderr=0.01, tasks=(task_score,), parameters=800, widths={"layers.0.mlp": 8}, items=50,
         stopped=False, seconds={"prune": 0.001, "score": 0.002}, peak_bytes=2**20, notes={"loss": 1.5},
         rungs=() if task.config is None else (
-            Rung(kind="divergence", share=0.0, value=1 - score, stderr=0.02, seconds=0.001),
+            first,
             Rung(kind="recovered", share=0.3, value=score - 0.01, stderr=0.02, seconds=0.001, gap=-0.01, bound=0.01),
             Rung(kind="recovered", share=1.0, value=score, stderr=0.01, seconds=0.002, gap=0.0, bound=0.01),
         ),
@@ -189,7 +199,8 @@ def work(task: Assignment, faults: Faults) -> Record:
         number=task.number, attempt=task.attempt, recipe=task.recipe, config=task.config, result=result,
         failure=None, environment={"host": "here"},
     )  # fmt: skip
-    write_items(Path(task.folder), {"cloze/pydoc": np.full(4, result.score)})
+    if result.items:
+        write_items(Path(task.folder), {"cloze/pydoc": np.full(4, result.score)})
     write_record(Path(task.folder).parent.parent, record)
     if fault == "after_record":
         raise TrialError("worker_lost", "lost after its record was written", "write")
