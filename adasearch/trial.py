@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adasearch import environment, models, outlining, racing, registry
+from adasearch import costs, environment, models, outlining, racing, registry
 from adasearch.config import Component, TaskScore, TrialConfig, TrialResult
 from adasearch.errors import ConfigError, TrialError
 from adasearch.pruning import allocation, schedule, surgery
@@ -110,7 +110,7 @@ def context_of(
         statistics=statistics,
         tokens=lambda: bench.sample_tokens(config.calibration, structure.outline),
         trial=config,
-        budget=allocation.aimed(bench.study.budget, config.allocation),
+        budget=allocation.aimed(bench.study.budget_of(config), config.allocation),
         device=bench.device,
     )
 
@@ -187,6 +187,15 @@ def measure(pruned: Pruned, bench: Workbench, clock: Clock) -> tuple[Rung, ...]:
         seconds = time.perf_counter() - begun
         rungs.append(Rung(kind="unrecovered", share=wanted.unrecovered, value=mean, stderr=error, seconds=seconds))
     return tuple(rungs)
+
+
+def weigh(model: nn.Module, pruned: Pruned | None, bench: Workbench, clock: Clock) -> costs.Costs:
+    """Return what a model costs, as far as the study asks for it; `pruned` is None for the dense model."""
+    if bench.study.objective.costs:
+        clock.enter("costs")
+    if pruned is None:
+        return costs.measured(bench, model, bench.structure(), None)
+    return costs.measured(bench, model, pruned.structure, pruned.plan)
 
 
 def first_items(tasks: dict[str, TaskItems], share: float, after: dict[str, int] | None = None) -> Blocks:
@@ -276,6 +285,7 @@ def run_trial(
         clock.enter("load")
         dense = bench.structure()
         model, widths, parameters = bench.dense(), dense.dense_widths(), dense.parameters
+        cost = weigh(model, None, bench, clock)
     else:
         config = TrialConfig.from_dict(data, "trial")
         pruned = prune(config, bench, clock)
@@ -283,6 +293,7 @@ def run_trial(
         model, widths, parameters = pruned.model, plan.dense_widths(pruned.structure), plan.parameters
         rungs = measure(pruned, bench, clock)
         notes = _loss_notes(recover(pruned, config.recovery, config, bench, clock))
+        cost = weigh(model, pruned, bench, clock)
         del pruned
     found = evaluate(model, bench, clock, race, outline)
     clock.enter("done")
@@ -301,6 +312,9 @@ def run_trial(
         peak_bytes=clock.peak_bytes,
         notes=notes,
         rungs=rungs + found.rungs,
+        costs=cost.figures,
+        shares=cost.shares,
+        spreads=cost.spreads,
     )
     return result, found.values
 

@@ -14,7 +14,7 @@ FLOORS = [
     ["errors"],
     ["registry"],
     ["documents"],
-    ["racing", "library", "sections"],
+    ["racing", "library", "sections", "pareto"],
     ["config"],
     ["records", "losses"],
     ["tuning.kernels", "tuning.head"],
@@ -28,7 +28,7 @@ FLOORS = [
     ["tuning", "loading"],
     ["search"],
     ["environment", "workbench"],
-    ["outlining"],
+    ["outlining", "costs"],
     ["trial"],
     [
         "worker",
@@ -63,7 +63,7 @@ DOORS = {
     "peft": (),  # what our updates are compared with
     "lm_eval": ("tuning.evaluation", "tuning.tasks", "tuning.items"),
     "datasets": ("data", "tuning.tasks"),
-    "botorch": ("search.surrogate",),
+    "botorch": ("search.surrogate", "search.several"),
     "gpytorch": ("search.surrogate",),
     "optuna": ("search.sampler", "search.samplers", "search.evolution", "search.study", "dashboard"),
     "optuna_dashboard": ("dashboard", "search.study"),
