@@ -291,8 +291,17 @@ class StudyConfig:
         return self.budget if own is None else dataclasses.replace(self.budget, remove=own)
 
     @property
+    def removes(self) -> tuple[float, float]:
+        """Return the least and the greatest fraction of the parameters that its trials remove."""
+        spec = self.space.dimensions.get("budget.remove", {})
+        given = spec.get("float", spec.get("choice"))
+        given = given.get("range", given.get("choices")) if isinstance(given, dict) else given
+        own = self.trial.get("budget", {}).get("remove") or self.budget.remove
+        return (min(given), max(given)) if given else (own, own)
+
+    @property
     def races(self) -> bool:
-        """Return whether trials race: not with several objectives, where a lower score may be the price of less cost."""
+        """Return whether trials race: not with several objectives, where a lower score may pay for a lower cost."""
         return self.racing.enabled and not self.objective.several
 
     @property

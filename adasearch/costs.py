@@ -124,9 +124,7 @@ def latency(model: Any, other: Any, tokens: int) -> Latency:
                 pairs.append((_seconds(model, ids), _seconds(other, ids)))
     times = np.array(pairs)
     ratios = times[:, 0] / times[:, 1]
-    return Latency(
-        seconds=float(np.median(times[:, 0])), share=float(np.median(ratios)), spread=median_error(ratios)
-    )
+    return Latency(seconds=float(np.median(times[:, 0])), share=float(np.median(ratios)), spread=median_error(ratios))
 
 
 def measured(bench: Workbench, model: Any, structure: ModelStructure, plan: PruningPlan | None) -> Costs:

@@ -28,6 +28,8 @@ from adasearch.records import (
     write_final,
     write_items,
 )
+from adasearch.sections import ObjectiveConfig
+from adasearch.tradeoff import finished_first
 from adasearch.trial import Clock, Pruned, prune, recover, score_blocks, task_scores
 from adasearch.tuning import alignment, evaluation
 from adasearch.tuning.export import ModelCard
@@ -82,20 +84,29 @@ def dense_task(items: tuple[Role, ...] = ("select", "report")) -> FinalTask:
     return FinalTask(name="dense", trial=DENSE, role="dense", items=items)
 
 
-def finalists(records: list[Record], wanted: FinalizeConfig) -> list[FinalTask]:
+def finalists(
+    records: list[Record], wanted: FinalizeConfig, objective: ObjectiveConfig | None = None
+) -> list[FinalTask]:
     """Return what is finished after a search: the dense model, the best trials, and the best recipe.
 
-    Trials with equal configurations count once; a trial that was stopped early is never a finalist.
+    Trials with equal configurations count once; a trial that was stopped early, or that breaks a hard limit of the
+    objective, is never a finalist. With several objectives the best are spread along the front, see `tradeoff`.
 
     Raises:
-        NoTrialError: no trial was scored in full.
+        NoTrialError: no trial was scored in full, or none keeps the limits.
     """
+    objective = objective or ObjectiveConfig(search=())
     full = [r for r in records if r.number != DENSE and r.result is not None and not r.result.stopped]
     if not full:
         raise NoTrialError("no trial was scored in full: nothing to fine-tune")
-    ranked = sorted(full, key=lambda r: (-r.result.score if r.result else 0.0, r.number))
+    kept = [r for r in full if r.result and objective.admits(r.result.shares)]
+    if not kept:
+        limits = ", ".join(f"{cost} {limit:g}" for cost, limit in objective.at_most.items())
+        raise NoTrialError(f"none of {len(full)} trials keeps objective.at_most ({limits}): nothing to fine-tune")
+    ranked = sorted(kept, key=lambda r: (-r.result.score if r.result else 0.0, r.number))
     distinct = {str(r.config): r for r in reversed(ranked)}.values()
-    chosen = {r.number: (r, "finalist") for r in [r for r in ranked if r in distinct][: wanted.top]}
+    best = finished_first(objective, [r for r in ranked if r in distinct], wanted.top)
+    chosen = {r.number: (r, "finalist") for r in best}
     recipe = next((r for r in ranked if r.recipe), None)
     if recipe is not None:
         chosen.setdefault(recipe.number, (recipe, "recipe"))
@@ -215,7 +226,7 @@ def _export(pruned: Pruned, task: FinalTask, record: FinalRecord, bench: Workben
         trial=None if task.role == "pruned" else task.trial,
         recipe=task.recipe,
         config=task.config,
-        budget=plain(study.budget),
+        budget=plain(study.budget_of(TrialConfig.from_dict(task.config, "trial")) if task.config else study.budget),
         recovery=task.recovery.to_dict() if task.recovery and task.recovery.type != "none" else None,
         record=record,
         dense=next((r for r in read_finals(bench.run) if r.role == "dense"), None),
@@ -253,7 +264,7 @@ def finalize(study: StudyConfig, run: Path, executor: Executor, display: Display
     Raises:
         NoTrialError: no trial was scored in full, or no finalist could be finished.
     """
-    tasks = finalists(read_records(run), study.finalize)
+    tasks = finalists(read_records(run), study.finalize, study.objective)
     failures = finish(tasks, run, executor, display, seconds=study.limits.trial_seconds * LONGER)
     ranked = place_exports(run)
     if not ranked:
