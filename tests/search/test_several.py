@@ -11,7 +11,7 @@ from adasearch.search.sampler import BoTorchSampler
 from adasearch.search.several import Results, parents, propose_several
 from adasearch.search.surrogate import MAX_POINTS, FitError
 
-REFERENCE = np.array([-1.6, -1.1])
+REFERENCE = np.array([-0.2, -1.05])
 
 
 def objectives_of(points):
@@ -54,18 +54,18 @@ def test_the_same_seed_gives_the_same_points_and_leaves_the_callers_state_alone(
     assert all(np.array_equal(p.features, q.features) for p, q in zip(one, two, strict=True))
 
 
-def test_a_few_proposals_gain_more_volume_than_many_random_points():
-    data = data_of(8, noise=0.0)
+def test_proposals_gain_more_volume_than_as_many_random_points():
+    data = data_of(12, noise=0.0)
     points = data.points
-    for turn in range(4):
+    for turn in range(6):
         best = run(data_of(points=points, noise=0.0), candidates_of(seed=turn), seed=turn, num=1)[0]
         points = np.vstack([points, best.features])
     found = hypervolume(objectives_of(points), REFERENCE)
     random = [
-        hypervolume(objectives_of(np.vstack([data.points, candidates_of(16, seed=seed)])), REFERENCE)
-        for seed in range(100, 110)
+        hypervolume(objectives_of(np.vstack([data.points, candidates_of(6, seed=seed)])), REFERENCE)
+        for seed in range(100, 120)
     ]
-    assert found > np.median(random)  # four proposals against sixteen random points
+    assert found > max(random)
 
 
 def test_a_point_beyond_a_limit_is_not_proposed():
