@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adasearch import data, models, placement
+from adasearch import costs, data, models, placement
 from adasearch.config import COMPONENTS, Component, StudyConfig, TrialConfig, UnitsConfig, component, merged
 from adasearch.documents import fingerprint, join, value
 from adasearch.environment import local_machine, machine, versions
@@ -40,7 +40,8 @@ class Checked:
     Args:
         shape: of the dense model.
         structure: of the dense model with the study's default units.
-        target: greatest number of parameters that the budget leaves.
+        target: greatest number of parameters that the budget leaves, the least budget where it is searched.
+        smallest: the same for the greatest budget.
         model_digest: tells the model's files apart from others, from their names and sizes.
         items: identifiers of the items by role and task.
         features: number of columns that the surrogate sees.
@@ -50,6 +51,7 @@ class Checked:
     shape: ModelShape
     structure: ModelStructure
     target: int
+    smallest: int
     model_digest: str
     items: dict[str, dict[str, tuple[str, ...]]]
     features: int
@@ -58,7 +60,8 @@ class Checked:
     @property
     def summary(self) -> str:
         """Return the goal in one line."""
-        return f"{self.structure.parameters:,} parameters down to {self.target:,}"
+        more = f" to {self.smallest:,}" if self.smallest < self.target else ""
+        return f"{self.structure.parameters:,} parameters down to {self.target:,}{more}"
 
 
 def corpora(study: StudyConfig) -> dict[str, str]:
@@ -110,12 +113,46 @@ def units_in_play(study: StudyConfig) -> tuple[UnitsConfig, ...]:
     return tuple(UnitsConfig(attention=a, mlp=m) for a in attention for m in mlp)
 
 
+def budgets(study: StudyConfig) -> dict[float, str]:
+    """Return every fraction that is to be removed, as far as study, trial, recipes and space name one, and its key."""
+    own = {name: TrialConfig.from_dict(merged(study.trial, recipe), name) for name, recipe in study.recipes.items()}
+    named = [(study.budget.remove, "budget.remove")]
+    named.append((TrialConfig.from_dict(study.trial, "trial").budget.remove, "trial.budget.remove"))
+    named += [(config.budget.remove, f"recipes.{name}.budget.remove") for name, config in own.items()]
+    named += [(remove, "space.budget.remove") for remove in study.removes]
+    return {remove: key for remove, key in reversed(named) if remove is not None}
+
+
+def _check_costs(study: StudyConfig, checked: Checked, where: str) -> None:
+    """Refuse objectives that no trial, or no sampler, can serve.
+
+    Memory counts with the weights alone, which are the least that a model holds; a latency is known once measured.
+    """
+    objective, sampler = study.objective, study.sampler.type
+    if objective.several and sampler in {"cmaes", "evolution"}:
+        problem = f"must be one that takes several objectives (objective.also), given {sampler!r}; botorch does"
+        raise ConfigError(join(where, "sampler.type"), problem)
+    structure, shape = checked.structure, checked.shape
+    slack = sum(group.step_cost for group in structure.groups) if study.budget.uniform else 0
+    slack = max(slack, max(group.step_cost for group in structure.groups))
+    smallest = checked.smallest - slack
+    cache = objective.latency_tokens * costs.cache_elements(shape, structure, {})
+    least = {"parameters": smallest / structure.parameters, "memory": smallest / (structure.parameters + cache)}
+    for cost, share in least.items():
+        limit = objective.at_most.get(cost)
+        if limit is not None and limit < share:
+            problem = f"no trial can meet {limit:g}: removing {study.removes[1]:g} leaves at least {share:.4f} of the "
+            advice = "dense model's; raise the limit, or budget.remove"
+            raise ConfigError(join(where, f"objective.at_most.{cost}"), problem + advice)
+
+
 def _check_budget(study: StudyConfig, shape: ModelShape, where: str) -> ModelStructure:
     structures = [architectures.describe(shape, units) for units in units_in_play(study)]
     most = min(reachable(structure, study.budget) for structure in structures)
-    if study.budget.remove > most:
-        problem = f"must be at most {most:.4f} for {study.model.name}, whose embeddings and norms stay, "
-        raise ConfigError(join(where, "budget.remove"), f"{problem}given {study.budget.remove}")
+    for remove, key in budgets(study).items():
+        if remove > most:
+            problem = f"must be at most {most:.4f} for {study.model.name}, whose embeddings and norms stay, "
+            raise ConfigError(join(where, key), f"{problem}given {remove:g}")
     _check_biases(study, structures[0], where)
     return structures[0]
 
@@ -196,17 +233,24 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
         text = str(error)
         raise ModelError(text if text.startswith(where) else f"{join(where, 'model.name')}: {text}") from error
     structure = _check_budget(study, shape, where)
+    targets = [
+        structure.parameters - removal(structure, dataclasses.replace(study.budget, remove=remove))
+        for remove in study.removes
+    ]
     if out is not None:
         _check_disk(out, structure.parameters, study.finalize.top + 1)
-    return Checked(
+    checked = Checked(
         shape=shape,
         structure=structure,
-        target=structure.parameters - removal(structure, study.budget),
+        target=targets[0],
+        smallest=targets[1],
         model_digest=_digest(source),
         items={role: _item_ids(study, role, where) for role in ("search", "select", "report")},
         features=space.encoding.num_columns,
         seeds=find_seeds(study, space),
     )
+    _check_costs(study, checked, where)
+    return checked
 
 
 def _item_ids(study: StudyConfig, role: Role, where: str) -> dict[str, tuple[str, ...]]:
@@ -281,6 +325,9 @@ def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
     yield "units: " + ", ".join(f"{count:,} {unit.replace('_', ' ')}s" for unit, count in kinds.items())
     removed = 1 - checked.target / structure.parameters
     yield f"budget: {checked.target:,} parameters left at most ({removed:.2%} of all removed)"
+    if checked.smallest < checked.target:
+        yield f"  searched: up to {1 - checked.smallest / structure.parameters:.2%}, {checked.smallest:,} left"
+    yield from _describe_costs(study)
     yield f"space: {study.space.name}, {len(study.space.dimensions)} dimensions, {checked.features} features"
     if checked.features > MANY_COLUMNS:
         yield f"  above {MANY_COLUMNS} features the surrogate learns slowly: fix some knobs, or give it more trials"
@@ -298,6 +345,21 @@ def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
     yield from _describe_placement(study, checked.shape)
     final = getattr(study.finalize.recovery.options, "tokens", 0)
     yield f"finalists: {study.finalize.top}, {final:,} tokens of {study.finalize.recovery.type} recovery each"
+
+
+def _describe_costs(study: StudyConfig) -> Iterator[str]:
+    objective = study.objective
+    if objective.several:
+        yield f"objectives: {objective.metric} up; {', '.join(objective.also)} down, as fractions of the dense model's"
+        if study.racing.enabled:
+            yield "  no trial races: a lower score may be the price of a lower cost"
+        if "parameters" in objective.also and study.removes[0] == study.removes[1]:
+            yield "  warning: all trials have the same number of parameters: search budget.remove in the space"
+    if objective.at_most:
+        limits = ", ".join(f"{cost} {limit:g}" for cost, limit in objective.at_most.items())
+        yield f"hard limits: {limits} of the dense model's; a trial beyond is no finalist"
+    if "latency" in objective.costs:
+        yield f"  latency is measured over {objective.latency_tokens:,} tokens, by turns with the dense model"
 
 
 def _describe_placement(study: StudyConfig, shape: ModelShape) -> Iterator[str]:

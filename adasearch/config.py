@@ -37,6 +37,7 @@ from adasearch.sections import (
     LimitsConfig,
     ModelConfig,
     ObjectiveConfig,
+    OwnBudget,
     ReportConfig,
     SamplerConfig,
     StoppingConfig,
@@ -118,7 +119,10 @@ COMPONENTS: dict[str, Registry] = {
 
 @value
 class TrialConfig:
-    """One point of a search, complete: equal configurations are equal values and have equal `key`s."""
+    """One point of a search, complete: equal configurations are equal values and have equal `key`s.
+
+    `budget` replaces the study's where it says something, see `StudyConfig.budget_of`.
+    """
 
     calibration: CalibrationConfig
     units: UnitsConfig
@@ -131,6 +135,7 @@ class TrialConfig:
     compensation: Component
     schedule: Component
     recovery: Component
+    budget: OwnBudget = OwnBudget()
     seed: int = 0
 
     @staticmethod
@@ -140,7 +145,7 @@ class TrialConfig:
         Raises:
             ConfigError: names the key below `where`.
         """
-        sections = {"calibration", "units", "seed", *COMPONENTS}
+        sections = {"calibration", "units", "budget", "seed", *COMPONENTS}
         for key in data:
             if key not in sections:
                 raise ConfigError(join(where, key), f"unknown key {key!r}; {nearest(str(key), sections)}")
@@ -152,6 +157,7 @@ class TrialConfig:
         return TrialConfig(
             calibration=parse(CalibrationConfig, data.get("calibration", {}), join(where, "calibration")),
             units=parse(UnitsConfig, data.get("units", {}), join(where, "units")),
+            budget=parse(OwnBudget, data.get("budget", {}), join(where, "budget")),
             seed=int(data.get("seed", 0)),
             **parts,
         )
@@ -159,12 +165,19 @@ class TrialConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping that `from_dict` reads back."""
         parts = {name: getattr(self, name).to_dict() for name in COMPONENTS}
-        return {"calibration": plain(self.calibration), "units": plain(self.units), **parts, "seed": self.seed}
+        own = {name: plain(getattr(self, name)) for name in ("calibration", "units", "budget")}
+        return {**own, **parts, "seed": self.seed}
 
     @property
     def key(self) -> str:
-        """Return 16 hexadecimal digits that identify this configuration."""
-        return fingerprint(self.to_dict())
+        """Return 16 hexadecimal digits that identify this configuration.
+
+        A budget that says nothing has no part in it, so that keys are what they were before trials had budgets.
+        """
+        data = self.to_dict()
+        if self.budget == OwnBudget():
+            del data["budget"]
+        return fingerprint(data)
 
 
 @value
@@ -198,6 +211,10 @@ class TrialResult:
         peak_bytes: peak resident memory of the worker during the trial, mapped base weights included.
         notes: facts for the reader, such as loss before and after recovery.
         rungs: what was known of it on its way, cheapest first.
+        costs: the figure of each cost in `ObjectiveConfig.costs`: a count, seconds, bytes.
+        shares: the same as fractions of the dense model's, which is what the search sees and limits are about. A
+            latency is compared with the dense model's in the same minute of the same process, see `costs.latency`.
+        spreads: standard errors of those shares that are measured.
     """
 
     score: Finite
@@ -211,6 +228,9 @@ class TrialResult:
     peak_bytes: int
     notes: dict[str, float | str]
     rungs: tuple[Rung, ...] = ()
+    costs: dict[str, float] = dataclasses.field(default_factory=dict)
+    shares: dict[str, float] = dataclasses.field(default_factory=dict)
+    spreads: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def measured(self) -> bool:
@@ -226,7 +246,7 @@ class SpaceConfig:
     dimensions: dict[str, dict[str, Any]]
 
 
-STUDYS_OWN = ("calibration", "recovery")
+STUDYS_OWN = ("calibration", "recovery", "budget")
 """Sections that recipes leave to the study, so that all are compared at equal cost."""
 SEARCHED = ("model", "space", "budget", "objective", "trial", "recipes", "seed", "sampler", "racing",
             "fidelity", "warm_start")  # fmt: skip
@@ -270,6 +290,25 @@ class StudyConfig:
         data["space"] = plain(self.space.dimensions)
         data["finalize"]["recovery"] = self.finalize.recovery.to_dict()
         return data
+
+    def budget_of(self, trial: TrialConfig) -> BudgetConfig:
+        """Return the budget of a trial: the study's, but for what the trial itself says of it."""
+        own = trial.budget.remove
+        return self.budget if own is None else dataclasses.replace(self.budget, remove=own)
+
+    @property
+    def removes(self) -> tuple[float, float]:
+        """Return the least and the greatest fraction of the parameters that its trials remove."""
+        spec = self.space.dimensions.get("budget.remove", {})
+        given = spec.get("float", spec.get("choice"))
+        given = given.get("range", given.get("choices")) if isinstance(given, dict) else given
+        own = self.trial.get("budget", {}).get("remove") or self.budget.remove
+        return (min(given), max(given)) if given else (own, own)
+
+    @property
+    def races(self) -> bool:
+        """Return whether trials race: not with several objectives, where a lower score may pay for a lower cost."""
+        return self.racing.enabled and not self.objective.several
 
     @property
     def calibration_corpora(self) -> tuple[str, ...]:

@@ -84,7 +84,10 @@ def parameter_importance(run: Path) -> dict[str, float]:
         with _storage(copy) as storage:
             try:
                 evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-                found = optuna.importance.get_param_importances(_study(storage), evaluator=evaluator)
+                study = _study(storage)
+                # of several values the score; a target counts as better the lower it is
+                target = (lambda trial: -trial.values[0]) if len(study.directions) > 1 else None
+                found = optuna.importance.get_param_importances(study, evaluator=evaluator, target=target)
             except (ValueError, RuntimeError, StorageError):
                 return {}
     return {name: float(share) for name, share in found.items() if not math.isnan(share)}

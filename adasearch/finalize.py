@@ -32,6 +32,8 @@ from adasearch.records import (
     write_final,
     write_items,
 )
+from adasearch.sections import ObjectiveConfig
+from adasearch.tradeoff import finished_first
 from adasearch.trial import Clock, Pruned, prune, recover, score_blocks, task_scores
 from adasearch.tuning import alignment, evaluation
 from adasearch.tuning.export import ModelCard
@@ -90,30 +92,41 @@ def dense_task(items: tuple[Role, ...] = ("select", "report")) -> FinalTask:
 
 
 def finalists(
-    records: list[Record], wanted: FinalizeConfig, known: Mapping[int, Evidence] | None = None
+    records: list[Record],
+    wanted: FinalizeConfig,
+    known: Mapping[int, Evidence] | None = None,
+    objective: ObjectiveConfig | None = None,
 ) -> list[FinalTask]:
     """Return what is finished after a search: the dense model, the best trials, and the best recipe.
 
     The best ones are those of the highest posterior mean, or score where there is no posterior: the highest of many
     noisy scores belongs to a lucky trial as often as to a good one. Trials with equal configurations count once; one
-    that was stopped early is never a finalist, though its score has its say in the posterior.
+    that was stopped early is never a finalist, though its score has its say in the posterior, nor is one that breaks a
+    hard limit of the objective. With several objectives the best are spread along the front, see `tradeoff`.
 
     Args:
         records: of the search.
         wanted: how many, and how they are finished.
         known: what the search knows of each trial, see `adasearch.search.belief.evidence`.
+        objective: of the study; None has one, and no limits.
 
     Raises:
-        NoTrialError: no trial was scored in full.
+        NoTrialError: no trial was scored in full, or none keeps the limits.
     """
     found = {r.number: r for r in records if r.number != DENSE and r.result is not None and not r.result.stopped}
     if not found:
         raise NoTrialError("no trial was scored in full: nothing to fine-tune")
+    objective = objective or ObjectiveConfig(search=())
+    kept = {n: r for n, r in found.items() if r.result and objective.admits(r.result.shares)}
+    if not kept:
+        limits = ", ".join(f"{cost} {limit:g}" for cost, limit in objective.at_most.items())
+        raise NoTrialError(f"none of {len(found)} trials keeps objective.at_most ({limits}): nothing to fine-tune")
     known = known or {}
-    scores = {number: _believed(record, known.get(number)) for number, record in found.items()}
-    ranked = sorted(found.values(), key=lambda r: (-scores[r.number], r.number))
+    scores = {number: _believed(record, known.get(number)) for number, record in kept.items()}
+    ranked = sorted(kept.values(), key=lambda r: (-scores[r.number], r.number))
     distinct = {str(r.config): r for r in reversed(ranked)}.values()
-    chosen = {r.number: (r, "finalist") for r in [r for r in ranked if r in distinct][: wanted.top]}
+    best = finished_first(objective, [r for r in ranked if r in distinct], wanted.top)
+    chosen = {r.number: (r, "finalist") for r in best}
     recipe = next((r for r in ranked if r.recipe), None)
     if recipe is not None:
         chosen.setdefault(recipe.number, (recipe, "recipe"))
@@ -246,7 +259,7 @@ def _export(pruned: Pruned, task: FinalTask, record: FinalRecord, bench: Workben
         trial=None if task.role == "pruned" else task.trial,
         recipe=task.recipe,
         config=task.config,
-        budget=plain(study.budget),
+        budget=plain(study.budget_of(TrialConfig.from_dict(task.config, "trial")) if task.config else study.budget),
         recovery=task.recovery.to_dict() if task.recovery and task.recovery.type != "none" else None,
         record=record,
         dense=next((r for r in read_finals(bench.run) if r.role == "dense"), None),
@@ -311,7 +324,7 @@ def finalize(study: StudyConfig, run: Path, executor: Executor, display: Display
     known, obstacle = _known(study, run, records)
     if obstacle:
         display.note(f"finalists are chosen by their observed scores: {obstacle}")
-    tasks = finalists(records, study.finalize, known)
+    tasks = finalists(records, study.finalize, known, study.objective)
     failures = finish(tasks, run, executor, display, seconds=study.limits.trial_seconds * LONGER)
     judge(run, study.objective.metric, known)
     ranked = place_exports(run)

@@ -44,7 +44,7 @@ def decide(config: TrialConfig, bench: Workbench) -> Outline:
         return WHOLE
     structure = bench.structure(config.units)
     biases = compensation.bias_modules(config.compensation, structure)
-    left = structure.parameters - removal(structure, bench.study.budget, biases)
+    left = structure.parameters - removal(structure, bench.study.budget_of(config), biases)
     try:
         outline = _without_tokens(config, bench, left)
         outline = _without_dimensions(config, bench, outline, left)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from adasearch.config import StudyConfig, TaskScore
+from adasearch.config import StudyConfig, TaskScore, TrialResult
 from adasearch.records import (
     DENSE,
     FinalRecord,
@@ -23,6 +23,8 @@ from adasearch.records import (
     write_atomically,
 )
 from adasearch.search.outcomes import ending
+from adasearch.sections import ObjectiveConfig
+from adasearch.tradeoff import tradeoff
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -229,7 +231,16 @@ def _row(
         "removed": 1 - parameters / dense_parameters if parameters else math.nan,
         "seconds": sum(result.seconds.values()) if result else math.nan,
         "state": "dense" if record.number == DENSE else state_of(record),
+        **_cost_cells(result),
     }
+
+
+def _cost_cells(result: TrialResult | None) -> dict[str, float]:
+    """Return latency in seconds, memory in bytes, and each as a fraction of the dense model's."""
+    if result is None:
+        return {}
+    figures = {cost: figure for cost, figure in result.costs.items() if cost != "parameters"}
+    return {**figures, **{f"{cost}_share": result.shares[cost] for cost in figures}}
 
 
 def dense_parameters_of(findings: Findings) -> float:
@@ -252,16 +263,31 @@ def ranked(findings: Findings) -> list[Record]:
     return sorted(findings.records, key=key)
 
 
+def columns_of(objective: ObjectiveConfig) -> tuple[str, ...]:
+    """Return the columns of the leaderboard: `COLUMNS`, the costs that were measured, and who is on the front.
+
+    `admitted` is whether a trial keeps the hard limits.
+    """
+    measured = [cost for cost in objective.costs if cost != "parameters"]
+    own = [name for cost in measured for name in (cost, f"{cost}_share")]
+    return (*COLUMNS, *own, *(["admitted"] if objective.at_most else []), *(["front"] if objective.several else []))
+
+
 def _table(findings: Findings) -> pd.DataFrame:
     finals = {f.trial: f for f in (*findings.finals, *([findings.recipe] if findings.recipe else []))}
     whole = dense_parameters_of(findings)
+    objective, dense = findings.study.objective, findings.dense_record
+    found = tradeoff(objective, findings.records, dense.result if dense else None)
+    members = found.numbers if found else ()
     rows = []
     if findings.dense_record is not None:
         rows.append({"rank": None, **_row(findings.dense_record, findings.dense, findings.dense, whole)})
     for rank, record in enumerate(ranked(findings), start=1):
         counted = rank if record.result is not None else None
-        rows.append({"rank": counted, **_row(record, finals.get(record.number), findings.dense, whole)})
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
+        row = {"rank": counted, **_row(record, finals.get(record.number), findings.dense, whole)}
+        admitted = record.result is not None and objective.admits(record.result.shares)
+        rows.append({**row, "admitted": admitted, "front": record.number in members})
+    table = pd.DataFrame(rows, columns=list(columns_of(objective)))
     return table.astype({"rank": "Int64", "parameters": "Int64"})
 
 

@@ -11,6 +11,7 @@ from adasearch import pictures
 from adasearch.config import COMPONENTS, TaskScore, TrialResult
 from adasearch.records import Evidence, FinalRecord, Record
 from adasearch.report import Difference, Findings, dense_parameters_of, kept_widths, mean_score, ranked, state_of
+from adasearch.report_front import front_section
 from adasearch.report_parts import (
     budget_words,
     card,
@@ -72,7 +73,8 @@ def _early_headline(f: Findings) -> str:
     """Return what can be said before any finalist is scored: no promise."""
     scored = [r for r in f.records if state_of(r) == "complete"]
     cards = [card(f"{len(f.records)}", f"of {f.study.trials} trials on record, {len(scored)} scored in full")]
-    best = max(scored, key=lambda r: r.result.score if r.result else 0.0, default=None)
+    kept = [r for r in scored if r.result and f.study.objective.admits(r.result.shares)]
+    best = max(kept, key=lambda r: r.result.score if r.result else 0.0, default=None)
     if best is not None and best.result is not None:
         text = f"best search score, trial {best.number}; an optimistic estimate"
         cards.append(card(f"{best.result.score:.3f} ± {best.result.stderr:.3f}", text))
@@ -157,6 +159,10 @@ def _finalists(f: Findings) -> str:
         "margin on the select items, each weighed by the inverse of its variance. Report items had no say in the order."
         "</p>"
     )
+    if f.study.objective.several:
+        note += (
+            "<p>They are of different size, spread along <a href='#front'>the front</a>: the first is no winner.</p>"
+        )
     return section("finalists", "Finalists", note, _curse(f), html_table(head, rows))
 
 
@@ -405,10 +411,17 @@ def page(findings: Findings, run: Path) -> str:
     """
     study = findings.study
     sections = [
-        _scores(findings), _finalists(findings), _history(findings), _widths(findings), _importance(findings),
+        front_section(findings), _scores(findings), _finalists(findings), _history(findings), _widths(findings),
+        _importance(findings),
         _time(findings), _rungs(findings), _failures(findings), _meaning(findings), _next(findings, run),
     ]  # fmt: skip
-    titles = {"scores": "Scores", "finalists": "Finalists", "history": "Search", "widths": "Kept widths"}
+    titles = {
+        "front": "Front",
+        "scores": "Scores",
+        "finalists": "Finalists",
+        "history": "Search",
+        "widths": "Kept widths",
+    }
     titles |= {
         "importance": "Parameters",
         "time": "Time",
@@ -418,5 +431,5 @@ def page(findings: Findings, run: Path) -> str:
         "next": "Next",
     }
     trials = len(findings.records) if findings.ending else study.trials
-    line = f"{study.model.name} · {budget_words(study.budget)} · {trials} trials · seed {study.seed}"
+    line = f"{study.model.name} · {budget_words(study.budget, study.removes)} · {trials} trials · seed {study.seed}"
     return document(study.name, line, _headline(findings), sections, titles)

@@ -80,10 +80,12 @@ def card(number: str, text: str) -> str:
     return f'<div class="card"><b>{number}</b><span>{text}</span></div>'
 
 
-def budget_words(budget: BudgetConfig) -> str:
-    """Return what a budget asks for."""
+def budget_words(budget: BudgetConfig, searched: tuple[float, float] | None = None) -> str:
+    """Return what a budget asks for; `searched` is the least and the greatest fraction that trials remove."""
     of = "all" if budget.of == "all" else "non-embedding"
-    return f"remove {100 * budget.remove:g} % of {of} parameters"
+    low, high = searched or (budget.remove, budget.remove)
+    span = f"{100 * low:g}" if low == high else f"{100 * low:g} to {100 * high:g}"
+    return f"remove {span} % of {of} parameters"
 
 
 def document(title: str, line: str, top: str, sections: Sequence[str], links: Mapping[str, str]) -> str:

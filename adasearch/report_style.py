@@ -66,6 +66,10 @@ svg line.proposal { stroke: var(--accent); }
 svg line.recipe { stroke: var(--second); }
 svg line.stopped { stroke: var(--soft); }
 svg circle.proposal, svg rect.share { fill: var(--accent); }
+svg line.front { stroke: var(--good); }
+svg line.knee { stroke: var(--bad); }
+svg circle.front { fill: var(--good); }
+svg circle.knee { fill: var(--bad); stroke: var(--ink); stroke-width: 1.5; r: 6px; }
 svg polygon.recipe { fill: var(--second); }
 svg circle.stopped { fill: var(--paper); stroke: var(--soft); stroke-width: 1.5; }
 svg .kept.attention { fill: var(--second); }
@@ -76,6 +80,8 @@ svg .kept.mlp { fill: var(--accent); }
 .key i { background: var(--accent); }
 .key i.recipe { background: var(--second); border-radius: 0; transform: rotate(45deg) scale(.85); }
 .key i.stopped { background: none; border: 1.5px solid var(--soft); }
+.key i.front { background: var(--good); }
+.key i.knee { background: var(--bad); border: 1.5px solid var(--ink); }
 .key i.line { width: 1.3rem; height: 2px; border-radius: 0; vertical-align: middle; background: var(--good); }
 .key i.dense { background: none; border-top: 2px dashed var(--soft); height: 0; }
 

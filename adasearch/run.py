@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adasearch import tradeoff
 from adasearch.checks import Checked, check_study, machines, place
 from adasearch.config import StudyConfig, load_study
 from adasearch.display import open_display
@@ -285,12 +286,14 @@ def status(run: Path) -> Iterator[str]:
         yield ended
     if dense:
         yield f"dense search score: {dense.score:.4f} ± {dense.stderr:.4f}"
-    full = [r for r in scored if r.result and not r.result.stopped]
+    full = [r for r in scored if r.result and not r.result.stopped and study.objective.admits(r.result.shares)]
     if full:
         best = max(full, key=lambda r: r.result.score if r.result else 0.0)
         assert best.result is not None
         name = f" ({best.recipe})" if best.recipe else ""
         yield f"best search score:  {best.result.score:.4f} ± {best.result.stderr:.4f}, trial {best.number}{name}"
+    found = tradeoff.tradeoff(study.objective, scored, dense)
+    yield from tradeoff.lines(found) if found else ()
     for number in sorted(failed):
         last = [r.failure for r in records if r.number == number and r.failure][-1]
         yield f"trial {number} failed: {last.kind}: {last.message}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 
@@ -37,6 +38,20 @@ class BudgetConfig:
 
 
 @value
+class OwnBudget:
+    """The budget of a single trial: `remove` in the place of the study's, which None leaves as it is."""
+
+    remove: Fraction | None = None
+
+
+def _distinct(costs: tuple[str, ...]) -> tuple[str, ...]:
+    twice = sorted({cost for cost in costs if costs.count(cost) > 1})
+    if twice:
+        raise ValueError(f"must name each cost once, {twice[0]} stands twice")
+    return costs
+
+
+@value
 class ObjectiveConfig:
     """What the search maximises: the mean of `metric` over the tasks in `search`, on `items` items of each.
 
@@ -45,8 +60,9 @@ class ObjectiveConfig:
     task are set aside for choosing among finalists.
 
     Args:
-        also: what is minimised beside it: ``parameters`` (a count), ``latency`` (seconds of a forward pass over
-            `latency_tokens` tokens, measured), ``memory`` (bytes of weights and of the cache of as many tokens).
+        also: what is minimised beside it, as a fraction of the dense model's figure: ``parameters`` (a count),
+            ``latency`` (seconds of a forward pass over `latency_tokens` tokens, measured), ``memory`` (bytes of weights
+            and of the cache of as many tokens). See `costs`.
         at_most: hard limits of those three, as fractions of the dense model's figure; a trial beyond is no winner.
         latency_tokens: length of the sequence that latency and memory are about.
     """
@@ -56,9 +72,30 @@ class ObjectiveConfig:
     select: Count = 200
     metric: Literal["margin", "acc", "acc_norm"] = "margin"
     allow_shared_splits: bool = False
-    also: tuple[Cost, ...] = ()
+    also: Annotated[tuple[Cost, ...], pydantic.AfterValidator(_distinct)] = ()
     at_most: dict[Cost, Positive] = dataclasses.field(default_factory=dict)
     latency_tokens: Count = 512
+
+    @property
+    def costs(self) -> tuple[Cost, ...]:
+        """Return the costs that are minimised or bounded: what is measured of every trial, and nothing else."""
+        return tuple(cost for cost in get_args(Cost) if cost in self.also or cost in self.at_most)
+
+    @property
+    def several(self) -> bool:
+        """Return whether the search looks for a front, not for a single winner."""
+        return bool(self.also)
+
+    def violations(self, shares: Mapping[str, float]) -> dict[str, float]:
+        """Return by how much `shares` (costs as fractions of the dense model's) exceed each limit, 0 or less if not.
+
+        An unknown cost, such as that of a trial that failed, counts as 1 beyond its limit.
+        """
+        return {cost: shares.get(cost, limit + 1.0) - limit for cost, limit in sorted(self.at_most.items())}
+
+    def admits(self, shares: Mapping[str, float]) -> bool:
+        """Return whether `shares` keep all of the hard limits."""
+        return all(beyond <= 0 for beyond in self.violations(shares).values())
 
 
 @value

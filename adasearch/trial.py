@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adasearch import environment, models, outlining, racing, registry
+from adasearch import costs, environment, models, outlining, racing, registry
 from adasearch.config import Component, TaskScore, TrialConfig, TrialResult
 from adasearch.errors import ConfigError, TrialError
 from adasearch.promotion import Gate
@@ -118,7 +118,7 @@ def context_of(
         statistics=statistics,
         tokens=lambda: bench.sample_tokens(config.calibration, structure.outline),
         trial=config,
-        budget=allocation.aimed(bench.study.budget, config.allocation),
+        budget=allocation.aimed(bench.study.budget_of(config), config.allocation),
         device=bench.device,
     )
 
@@ -252,6 +252,15 @@ class Ascent:
             raise Stopped(Evaluated(tasks=(), values={}, score=score, stderr=stderr, stopped=True, rungs=()))
 
 
+def weigh(model: nn.Module, pruned: Pruned | None, bench: Workbench, clock: Clock) -> costs.Costs:
+    """Return what a model costs, as far as the study asks for it; `pruned` is None for the dense model."""
+    if bench.study.objective.costs:
+        clock.enter("costs")
+    if pruned is None:
+        return costs.measured(bench, model, bench.structure(), None)
+    return costs.measured(bench, model, pruned.structure, pruned.plan)
+
+
 def first_items(tasks: dict[str, TaskItems], share: float, after: dict[str, int] | None = None) -> Blocks:
     """Return the first `share` of each task's items, at least two, but for the first `after` of them."""
     ends = {name: max(2, round(share * len(task.items))) for name, task in tasks.items()}
@@ -343,11 +352,13 @@ def run_trial(
         clock.enter("load")
         dense = bench.structure()
         widths, parameters = dense.dense_widths(), dense.parameters
+        cost = weigh(bench.dense(), None, bench, clock)
         found = evaluate(bench.dense(), bench, clock, race)
     else:
         config = TrialConfig.from_dict(data, "trial")
         pruned = prune(config, bench, clock)
         widths, parameters = pruned.plan.dense_widths(pruned.structure), pruned.plan.parameters
+        cost = weigh(pruned.model, pruned, bench, clock)  # recovery changes none of it, and every trial has it
         ascent = Ascent(pruned, bench, clock, gates)
         try:
             ascent.measure()
@@ -372,6 +383,9 @@ def run_trial(
         peak_bytes=clock.peak_bytes,
         notes=notes,
         rungs=rungs + found.rungs,
+        costs=cost.figures,
+        shares=cost.shares,
+        spreads=cost.spreads,
     )
     return result, found.values
 

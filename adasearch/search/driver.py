@@ -358,15 +358,19 @@ class _Search:
 
     def _incumbent(self, number: int) -> str | None:
         """Return the folder of the best trial that was told when this one was asked, whatever was told since."""
-        if not self._study.racing.enabled or number == DENSE or number < self._study.racing.grace:
+        if not self._study.races or number == DENSE or number < self._study.racing.grace:
             return None
         best = self._best(number - self._lag + 1)
         return str(trial_folder(self._run, best.number, best.attempt)) if best else None
 
     def _best(self, end: int | None = None) -> Record | None:
-        """Return the best trial with all items scored among those told, or among those numbered below `end`."""
+        """Return the best trial with all items scored among those told, or among those numbered below `end`.
+
+        A trial beyond a hard limit is no winner; costs have no other say, see `tradeoff` for the front.
+        """
         end = self._told if end is None else end
-        scored = [(r.result.score, -r.number, r) for r in self._known(end) if r.result and not r.result.stopped]
+        scored = [(r.result.score, -r.number, r) for r in self._known(end) if r.result and not r.result.stopped
+                  and self._study.objective.admits(r.result.shares)]  # fmt: skip
         return max(scored, key=lambda item: item[:2])[2] if scored else None
 
     def _known(self, end: int) -> list[Record]:

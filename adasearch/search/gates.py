@@ -29,6 +29,8 @@ def told_of(record: Record) -> Told | None:
 def gates_of(study: StudyConfig, number: int, told: Sequence[Record], *, control: bool) -> tuple[Gate, ...]:
     """Return the gates of a trial, none for the dense model and for the first `racing.grace` trials.
 
+    With several objectives there are none: a model with a lower score may be the better one for its size.
+
     Args:
         study: with the rules.
         number: of the trial.
@@ -36,7 +38,7 @@ def gates_of(study: StudyConfig, number: int, told: Sequence[Record], *, control
             on, so a search that was interrupted, or whose trial is run again, asks the same.
         control: the trial is measured and never stopped.
     """
-    if number == DENSE or number < study.racing.grace:
+    if number == DENSE or number < study.racing.grace or study.objective.several:
         return ()
     history = [told_of(record) for record in told]
     return gates([trial for trial in history if trial is not None], study.fidelity, stops=not control)

@@ -67,6 +67,7 @@ def trial_note(record: Record, dense: TrialResult | None) -> str:
         lines.append(f"Score **{_cell(result.score, result.stderr)}** {_basis(result)}")
         lines += ["", *_task_rows(result.tasks, dense)] if result.tasks else [""]
         facts = {"parameters": f"{result.parameters:,}", "peak memory, MiB": f"{result.peak_bytes / 2**20:.0f}"}
+        facts |= {f"{cost}, fraction of dense": f"{share:.4f}" for cost, share in result.shares.items()}
         facts |= {key: str(item) for key, item in result.notes.items()}
         lines += _pairs("fact", facts)
         if result.rungs:
@@ -77,14 +78,21 @@ def trial_note(record: Record, dense: TrialResult | None) -> str:
 
 def study_note(config: StudyConfig, dense: TrialResult | None, best: Record | None) -> str:
     """Return what a study is after, where it stands and how to go on from it."""
+    low, high = config.removes
+    removes = f"{low:.0%}" if low == high else f"{low:.0%} to {high:.0%}"
     lines = [
-        f"Search for the best way to remove {config.budget.remove:.0%} of the parameters of "
+        f"Search for the best way to remove {removes} of the parameters of "
         f"`{config.model.name.replace('`', '')}`: {config.trials} trials, seed {config.seed}.",
         "",
         f"Objective: mean {config.objective.metric} over {', '.join(map(escaped, config.objective.search))}; "
         f"{config.objective.items} items of each, higher is better.",
         "",
     ]
+    if config.objective.several:
+        lines += [f"Minimised beside it, as fractions of the dense model: {', '.join(config.objective.also)}.", ""]
+    if config.objective.at_most:
+        limits = ", ".join(f"{cost} {limit:g}" for cost, limit in config.objective.at_most.items())
+        lines += [f"Hard limits, as fractions of the dense model: {limits}.", ""]
     if dense is not None:
         lines.append(f"- dense model: {_cell(dense.score, dense.stderr)}")
     if best is not None and best.result is not None:

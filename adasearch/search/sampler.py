@@ -83,6 +83,9 @@ def _view(space: Space | None, search_space: dict[str, BaseDistribution]) -> _Vi
 class BoTorchSampler(BaseSampler):
     """Proposes by noisy expected improvement over a Gaussian process; see `adasearch.search.surrogate`.
 
+    With several directions by noisy expected hypervolume improvement, see `adasearch.search.several`; the standard
+    error of another value than the first is the user attribute ``stderr <metric name>``.
+
     The first `startup` trials that are no recipes come from a quasi-random sequence. A trial's user attribute
     ``paired_stderr`` is the standard error of its value against those of the others, ``stderr`` the plain one. Running
     trials count as pending, failed ones not at all. Points that are the same trial as an earlier one are avoided. When
@@ -116,8 +119,6 @@ class BoTorchSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Return the values of all parameters for the next trial."""
-        if len(study.directions) != 1:
-            raise ValueError(f"the study must have one objective, given {len(study.directions)}")
         if not search_space:
             return {}
         view = _view(self._space, search_space)
@@ -128,8 +129,10 @@ class BoTorchSampler(BaseSampler):
         if before < self._startup or len(scored) < 2:
             return self._quasi_random(view, known, before)
         pending = [t for t in others if t.state == TrialState.RUNNING and search_space.keys() <= t.params.keys()]
-        sign = -1.0 if study.direction == StudyDirection.MINIMIZE else 1.0
         try:
+            if len(study.directions) > 1:
+                return self._of_several(view, study, scored, (pending, known), trial.number)
+            sign = -1.0 if study.direction == StudyDirection.MINIMIZE else 1.0
             return self._modelled(view, scored, pending, known, (trial.number, sign))
         except ArithmeticError as error:
             _LOG.warning("trial %d is proposed by TPE, the model having failed: %s", trial.number, error)
@@ -200,6 +203,32 @@ class BoTorchSampler(BaseSampler):
                 return params
         return moved(ranked[0].index, ranked[0].features)
 
+    def _of_several(
+        self,
+        view: _View,
+        study: Study,
+        scored: list[FrozenTrial],
+        others: tuple[list[FrozenTrial], set[str]],
+        number: int,
+    ) -> dict[str, Any]:
+        """Return the next point of a study with several directions; all values of a trial are told at once."""
+        from adasearch.search.several import Told, next_point
+
+        pending, known = others
+        signs = np.array([-1.0 if way == StudyDirection.MINIMIZE else 1.0 for way in study.directions])
+        names = sorted({name for trial in scored for name in trial.constraints})
+        told = Told(
+            points=tuple(t.params for t in scored),
+            objectives=np.array([t.values for t in scored]) * signs,
+            variances=np.column_stack([_variances(scored), _cost_variances(scored, study)]),
+            # a trial of another study may lack a constraint: that it keeps it is not known
+            constraints=np.array([[t.constraints.get(name, 1.0) for name in names] for t in scored]),
+            pending=tuple(t.params for t in pending),
+            known=frozenset(known),
+        )
+        seed = derived_seed(self._seed, number, "candidates")
+        return next_point(view, told, lambda parents: _candidates(view, parents, known, seed, 2.0), seed)
+
     def _fallen_back(self, study: Study, trial: FrozenTrial) -> dict[str, Any]:
         sampler = TPESampler(seed=derived_seed(self._seed, trial.number, "tpe"), n_startup_trials=1)
         return sampler.sample_relative(study, trial, sampler.infer_relative_search_space(study, trial))
@@ -269,7 +298,7 @@ def _candidates(
 
 def _is_scored(trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> bool:
     complete = trial.state == TrialState.COMPLETE and trial.values is not None
-    return complete and math.isfinite(_value(trial)) and search_space.keys() <= trial.params.keys()
+    return complete and all(map(math.isfinite, trial.values)) and search_space.keys() <= trial.params.keys()
 
 
 def _value(trial: FrozenTrial) -> float:
@@ -296,3 +325,10 @@ def _positive(error: Any) -> float:
     """Return a standard error, nan where it is none."""
     known = isinstance(error, int | float) and math.isfinite(error) and error >= 0
     return float(error) if known else math.nan
+
+
+def _cost_variances(scored: list[FrozenTrial], study: Study) -> np.ndarray:
+    """Return the variances of all values but the first: of a cost where its standard error is known, else 0."""
+    names = (study.metric_names or [""] * len(study.directions))[1:]
+    errors = [[_positive(trial.user_attrs.get(f"{STDERR} {name}")) for name in names] for trial in scored]
+    return np.square(np.nan_to_num(np.array(errors), nan=0.0))

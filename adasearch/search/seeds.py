@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from adasearch.config import StudyConfig, merged
 from adasearch.documents import value
@@ -68,7 +69,7 @@ def find_seeds(study: StudyConfig, space: Space) -> Seeds:
     same: dict[str, str] = {}
     unexpressed: dict[str, str] = {}
     for name, recipe in study.recipes.items():
-        config = merged(study.trial, recipe)
+        config = _at_studys_budget(study, space, merged(study.trial, recipe))
         params = space.encode(config)
         if params is None:
             unexpressed[name] = space.obstacle(config)
@@ -80,6 +81,14 @@ def find_seeds(study: StudyConfig, space: Space) -> Seeds:
     points = tuple(found.values())
     waiting = tuple(recipe.name for recipe in points[room:])
     return Seeds(recipes=points[:room], same=same, waiting=waiting, unexpressed=unexpressed)
+
+
+def _at_studys_budget(study: StudyConfig, space: Space, config: dict[str, Any]) -> dict[str, Any]:
+    """Return `config` with the study's budget, where it says nothing of one and that budget is a point of the space."""
+    if "budget" in config or not any(path.startswith("budget.") for path in study.space.dimensions):
+        return config
+    placed = {**config, "budget": {"remove": study.budget.remove}}
+    return config if space.encode(placed) is None else placed
 
 
 def decided(study: StudyConfig, space: Space) -> StudyConfig:

@@ -27,8 +27,9 @@ from adasearch.documents import join, parse
 from adasearch.errors import ConfigError
 from adasearch.registry import DIMENSIONS, Entry, nearest
 from adasearch.search.parameters import CategoricalParameter, Encoding, Parameter
+from adasearch.sections import OwnBudget
 
-_SECTIONS: dict[str, type] = {"calibration": CalibrationConfig, "units": UnitsConfig}
+_SECTIONS: dict[str, type] = {"calibration": CalibrationConfig, "units": UnitsConfig, "budget": OwnBudget}
 MANY_COLUMNS = 24
 """Feature columns above which the surrogate learns slowly; `adasearch validate` says so."""
 

@@ -44,9 +44,11 @@ from adasearch.search.outcomes import Asked, Proposed, lag_of, settled
 from adasearch.search.sampler import NOISE, RECIPE, STDERR, distributions
 from adasearch.search.samplers import make_sampler
 from adasearch.search.space import Space
+from adasearch.sections import ObjectiveConfig
 
 _NAME, _FINGERPRINT = "study.db", "fingerprint"
 GAIN = "expected gain"
+CONSTRAINTS = "constraints"
 _FOLDER = re.compile(r"^(\d+)-(\d+)$")
 _BUSY_SECONDS = 60.0
 
@@ -124,14 +126,16 @@ class SearchStudy:
             storage = optuna.storages.RDBStorage(f"sqlite:///{self._path}", engine_kwargs=engine)
             names = optuna.get_all_study_names(storage)
             name = names[0] if names else self._config.name
-            study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
+            study = optuna.create_study(
+                study_name=name, storage=storage, directions=directions(self._config.objective), load_if_exists=True
+            )
         except (RuntimeError, ValueError) as error:
             raise StorageError(f"{self._path}: is no study of this version: {printable(str(error))}") from error
         held = study.user_attrs.get(_FINGERPRINT)
         if held is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                study.set_metric_names([f"{self._config.objective.metric}, mean of the search tasks"])
+                study.set_metric_names(metric_names(self._config.objective))
             study.set_user_attr("model", self._config.model.name)
             study.set_user_attr("remove", self._config.budget.remove)
             study.set_user_attr(_FINGERPRINT, self._config.fingerprint)
@@ -171,7 +175,8 @@ class SearchStudy:
         sampler = make_sampler(self._config.sampler, self._space, self._config.seed, len(before))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            copy = optuna.create_study(direction="maximize", sampler=sampler)
+            copy = optuna.create_study(directions=directions(self._config.objective), sampler=sampler)
+            copy.set_metric_names(metric_names(self._config.objective))
             copy.add_trials(before)
             params = dict(copy.ask(self._distributions).params)
         return Proposed(params=params, gain=self._gain(before, params))
@@ -210,9 +215,10 @@ class SearchStudy:
             save_note(trial, trial_note(record, dense))
             self._upload(frozen, trial_folder(self._run, record.number, record.attempt))
             self._report_rungs(trial, record)
-            score = record.result.score if record.result else None
-            state = TrialState.FAIL if score is None else TrialState.COMPLETE
-            self._study.tell(record.number, score, state=state, skip_if_finished=True)
+            self._constrain(frozen, record)
+            values = told_values(self._config.objective, record.result) if record.result else None
+            state = TrialState.FAIL if values is None else TrialState.COMPLETE
+            self._study.tell(record.number, values, state=state, skip_if_finished=True)
         self._count_in(record.number, record.attempt, full=bool(record.result and not record.result.stopped))
 
     def _told_consensus(self) -> Consensus:
@@ -267,12 +273,30 @@ class SearchStudy:
         # the only way to a live handle of a trial that another process asked for
         return optuna.Trial(self._study, frozen._trial_id)
 
+    def _constrain(self, frozen: optuna.trial.FrozenTrial, record: Record) -> None:
+        """Tell how far a trial is beyond each hard limit, whatever came of it: a GP sampler fails where one is missing.
+
+        Under the key of Optuna 4, a list, which the samplers of Optuna 5 and the dashboard both read; the dashboard
+        does not know the key that `Trial.set_constraint` writes.
+        """
+        found = self._config.objective.violations(record.result.shares if record.result else {})
+        if found:
+            storage = self._study._storage
+            storage.set_trial_system_attr(frozen._trial_id, CONSTRAINTS, list(found.values()))
+
     @staticmethod
     def _report_rungs(trial: optuna.Trial, record: Record) -> None:
-        """Tell the rungs as intermediate values, higher is better: a divergence is told with the other sign."""
+        """Tell the rungs as intermediate values, higher is better: a divergence is told with the other sign.
+
+        With several objectives Optuna takes no intermediate values; there they are an attribute.
+        """
+        rungs = record.result.rungs if record.result else ()
+        if len(trial.study.directions) > 1:
+            trial.set_user_attr("rungs", {str(rung.step): rung.merit for rung in rungs})
+            return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a driver that was killed while telling has told some of them
-            for rung in record.result.rungs if record.result else ():
+            for rung in rungs:
                 trial.report(rung.merit, rung.step)
 
     def _upload(self, frozen: optuna.trial.FrozenTrial, folder: Path) -> None:
@@ -289,6 +313,25 @@ class SearchStudy:
                 upload_artifact(artifact_store=self._artifacts, file_path=file, study_or_trial=frozen, storage=storage)
 
 
+def directions(objective: ObjectiveConfig) -> list[str]:
+    """Return what Optuna is to do with each value: the score goes up, the costs beside it go down."""
+    return ["maximize", *("minimize" for _ in objective.also)]
+
+
+def metric_names(objective: ObjectiveConfig) -> list[str]:
+    """Return what each value is called."""
+    return [f"{objective.metric}, mean of the search tasks", *map(_metric, objective.also)]
+
+
+def _metric(cost: str) -> str:
+    return f"{cost}, fraction of dense"
+
+
+def told_values(objective: ObjectiveConfig, result: TrialResult) -> list[float]:
+    """Return the values of a trial in the order of `directions`: its score, then costs as fractions of the dense."""
+    return [result.score, *(result.shares[cost] for cost in objective.also)]
+
+
 def _attributes(record: Record) -> dict[str, Any]:
     """Return what the dashboard shows in columns; `STDERR` is also what the sampler takes the noise from."""
     if record.result is None:
@@ -299,6 +342,8 @@ def _attributes(record: Record) -> dict[str, Any]:
     return {
         **early,
         STDERR: result.stderr,
+        **{f"{STDERR} {_metric(cost)}": spread for cost, spread in result.spreads.items()},
+        **{_metric(cost): round(share, 5) for cost, share in result.shares.items()},
         "state": "stopped" if result.stopped else "done",
         "attempt": record.attempt,
         "parameters": result.parameters,

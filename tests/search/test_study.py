@@ -6,6 +6,7 @@ import optuna
 import pytest
 from optuna.artifacts import get_all_artifact_meta
 from optuna_dashboard import get_note
+from optuna_dashboard._serializer import serialize_frozen_trial
 
 from adasearch.config import SpaceConfig
 from adasearch.errors import StorageError
@@ -13,8 +14,8 @@ from adasearch.records import Failure, Record
 from adasearch.search.notes import trial_note
 from adasearch.search.outcomes import lag, settled
 from adasearch.search.study import rebuild
-from adasearch.sections import ClusterConfig, SamplerConfig
-from tests.search.synthetic import Stop, make_space, make_study, search, table, told
+from adasearch.sections import ClusterConfig, ObjectiveConfig, SamplerConfig
+from tests.search.synthetic import Faults, Stop, make_space, make_study, search, table, told
 
 pytestmark = pytest.mark.usefixtures("fakes")
 
@@ -126,3 +127,43 @@ def test_a_note_shows_a_message_as_it_is():
     note = trial_note(failed(1, "error", "<script>alert(1)</script> | *x*"), None)
     assert "<script>" not in note.replace("\\<", "")
     assert "\\| \\*x\\*" in note
+
+
+FRONT = ObjectiveConfig(search=("cloze/pydoc",), items=50, also=("parameters", "latency"), at_most={"parameters": 0.7})
+
+
+def test_a_study_of_several_objectives_tells_all_values_and_how_far_beyond_the_limits(tmp_path):
+    found = search(make_study(trials=5, objective=FRONT), tmp_path, Faults(always={3: "error"}))
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path / 'study.db'}")
+    assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE", "MINIMIZE"]
+    assert study.metric_names[1:] == ["parameters, fraction of dense", "latency, fraction of dense"]
+    for record, trial in zip(found[1:], study.trials, strict=True):
+        (beyond,) = trial.constraints.values()
+        shown = serialize_frozen_trial(1, trial, {})["constraints"]
+        assert shown == [beyond]
+        if record.result is None:
+            assert (trial.number, trial.state.name, beyond) == (3, "FAIL", 1.0)
+            continue
+        shares = record.result.shares
+        assert trial.values == [record.result.score, shares["parameters"], shares["latency"]]
+        assert beyond == pytest.approx(shares["parameters"] - 0.7)
+        assert trial.user_attrs["stderr latency, fraction of dense"] == 0.02
+        assert trial.user_attrs["rungs"]["100"] == record.result.score
+        assert trial.intermediate_values == {}
+    done = [t for t in study.trials if t.state.name == "COMPLETE"]
+    assert any(t.constraints["0"] > 0 for t in done), "the test needs a trial beyond the limit"
+    assert all(t.constraints["0"] <= 0 for t in study.best_trials)
+    before = told(tmp_path)
+    assert rebuild(tmp_path, make_study(trials=5, objective=FRONT), make_space(make_study())) == 5
+    assert told(tmp_path) == before
+
+
+def test_a_winner_keeps_the_limits_and_nothing_races_for_a_front(tmp_path):
+    one = ObjectiveConfig(search=("cloze/pydoc",), items=50, at_most={"parameters": 0.6})
+    seen = []
+    found = search(make_study(trials=5, objective=one), tmp_path, observer=seen.append)
+    kept = [r for r in found[1:] if r.result.shares["parameters"] <= 0.6]
+    assert 0 < len(kept) < 5
+    assert seen[-1].best == max(r.result.score for r in kept)
+    assert make_study(objective=one).races
+    assert not make_study(objective=FRONT).races
