@@ -184,7 +184,7 @@ def group_table(group: Group, found: Mapping[str, Curves]) -> Iterator[str]:
     yield "|" + "---|" * 10
     for sampler, curves in found.items():
         low, middle, high = np.quantile(curves.trials[:, -1], (0.25, 0.5, 0.75))
-        saved = [_cell(_saved(found, base, sampler, axis)) for base in BASES for axis in ("trials", "cost")]  # type: ignore[arg-type]
+        saved = [_cell(_saved(found, base, sampler, axis)) for base in BASES for axis in ("trials", "cost")]
         asking = np.quantile(curves.asking, (0.5, 0.95)) if len(curves.asking) else (math.nan, math.nan)
         yield (
             f"| {sampler} | {middle:.2f} ({low:.2f} to {high:.2f}) | {' | '.join(saved)} "
@@ -203,7 +203,7 @@ def overall_table(groups: Mapping[Group, Mapping[str, Curves]]) -> Iterator[str]
         cells = []
         for base in BASES:
             for axis in ("trials", "cost"):
-                saved = [_saved(found, base, sampler, axis) for found in mine]  # type: ignore[arg-type]
+                saved = [_saved(found, base, sampler, axis) for found in mine]
                 ratios = [s[0] for s in saved if s is not None]
                 good = [ratio for ratio in ratios if ratio > 0]
                 mean = [f"{math.exp(float(np.mean(np.log(good)))):.2f}"] if good else []
