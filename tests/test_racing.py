@@ -306,7 +306,7 @@ def test_the_record_of_a_stopped_trial_is_complete(bench, tmp_path):
     folder = bench.run / "trials" / "7-1"
     config = TrialConfig.from_dict(trial(), "trial").to_dict()
     task = Assignment(number=7, attempt=1, recipe=None, config=config, folder=str(folder), incumbent=None,
-                      gates=(gate("midway", 0.0),))  # fmt: skip
+                      gates=(gate("midway", -0.25),))  # fmt: skip
     record = run_assignment(task, bench)
     assert read_record(folder) == record
     assert record.result.stopped
@@ -318,5 +318,5 @@ def test_the_record_of_a_stopped_trial_is_complete(bench, tmp_path):
     assert told_of(record).merits.keys() == {"divergence", "midway"}
     note = trial_note(record, None)
     assert "predicted from its divergence midway through the recovery: it stopped there" in note
-    assert "at most 0.0000 was asked to go on" in note
+    assert "at most 0.2500 was asked to go on" in note
     assert "| task |" not in note
