@@ -60,6 +60,7 @@ class Findings:
         recipe: the best published recipe among the scored models.
         importance: share of each searched parameter, empty when it cannot be told.
         importance_note: why not, or how it was computed.
+        earlier: how far each run under `warm_start` was believed in the end, in words.
     """
 
     study: StudyConfig
@@ -73,6 +74,7 @@ class Findings:
     versus_recipe: Difference | None
     importance: Mapping[str, float]
     importance_note: str
+    earlier: tuple[str, ...] = ()
 
 
 def report_score(score: TaskScore) -> tuple[float, float]:
@@ -172,6 +174,14 @@ def _importance(run: Path, finished: int) -> tuple[dict[str, float], str]:
     return found, note + small
 
 
+def _earlier(run: Path, study: StudyConfig) -> tuple[str, ...]:
+    if not study.warm_start:
+        return ()
+    from adasearch.search.prior import weights_lines
+
+    return tuple(weights_lines(run, study))
+
+
 def gather(run: Path, study: StudyConfig) -> Findings:
     """Return what the records of a run say."""
     chosen = _last_word(read_records(run))
@@ -195,6 +205,7 @@ def gather(run: Path, study: StudyConfig) -> Findings:
         versus_recipe=difference(run, best, recipe, study.seed),
         importance=importance,
         importance_note=note,
+        earlier=_earlier(run, study),
     )
 
 

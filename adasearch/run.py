@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import json
 import logging
 import os
 from pathlib import Path
@@ -18,7 +17,7 @@ from adasearch.display import open_display
 from adasearch.documents import plain
 from adasearch.environment import machine, versions
 from adasearch.errors import ConfigError, StorageError
-from adasearch.records import DENSE, read_records, write_json
+from adasearch.records import DENSE, job_of, read_records, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -73,15 +72,6 @@ def _placed(study: StudyConfig, placed: Placement) -> StudyConfig:
 def _say_placement(placed: Placement, say: Callable[[str], None]) -> None:
     for line in (placed.summary, *(f"warning: {warning}" for warning in placed.warnings)):
         say(line)
-
-
-def job_of(run: Path) -> str | None:
-    """Return what a run folder is for, ``run`` or ``compare``, None where that is not known yet."""
-    try:
-        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-        return str(manifest.get("job", "run"))
-    except (OSError, ValueError, AttributeError):
-        return None
 
 
 def _check_job(run: Path, job: str) -> None:
@@ -277,6 +267,10 @@ def status(run: Path) -> Iterator[str]:
         assert best.result is not None
         name = f" ({best.recipe})" if best.recipe else ""
         yield f"best search score:  {best.result.score:.4f} ± {best.result.stderr:.4f}, trial {best.number}{name}"
+    if study.warm_start:
+        from adasearch.search.prior import weights_lines
+
+        yield from (f"warm start: {line}" for line in weights_lines(run, study))
     for number in sorted(failed):
         last = [r.failure for r in records if r.number == number and r.failure][-1]
         yield f"trial {number} failed: {last.kind}: {last.message}"

@@ -7,14 +7,16 @@ again from the records, and from ``proposal.json`` in each trial's folder.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import logging
 import re
 import shutil
 import sqlite3
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 import yaml
@@ -35,13 +37,18 @@ from adasearch.records import (
     write_atomically,
 )
 from adasearch.search import lease
+from adasearch.search.earlier import freeze
 from adasearch.search.executor import printable
 from adasearch.search.notes import study_note, trial_note
 from adasearch.search.outcomes import Asked, Recipe, lag, num_workers, settled
 from adasearch.search.sampler import RECIPE, STDERR, distributions
-from adasearch.search.samplers import make_sampler
+from adasearch.search.samplers import MODELLED, make_sampler
 from adasearch.search.space import Space
 
+if TYPE_CHECKING:
+    from adasearch.search.prior import Prior
+
+_LOG = logging.getLogger(__name__)
 _NAME, _FINGERPRINT = "study.db", "fingerprint"
 _FOLDER = re.compile(r"^(\d+)-(\d+)$")
 _BUSY_SECONDS = 60.0
@@ -107,6 +114,9 @@ class SearchStudy:
         self._space = space
         self._distributions = distributions(space)
         self._path = run / _NAME
+        self._earlier = freeze(config, space, run)
+        for earlier in self._earlier:
+            _LOG.info("warm start from %s: %s", earlier.run, earlier.summary)
         self._artifacts = FileSystemArtifactStore(run / "artifacts")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with _database(self._path):
@@ -159,12 +169,34 @@ class SearchStudy:
         return asked
 
     def _proposed(self, before: list[optuna.trial.FrozenTrial]) -> dict[str, Any]:
-        sampler = make_sampler(self._config.sampler, self._space, self._config.seed, len(before))
+        start = self._start(before) if self._prior else None
+        if start is not None:
+            return start
+        sampler = make_sampler(self._config.sampler, self._space, self._config.seed, len(before), self._prior)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             copy = optuna.create_study(direction="maximize", sampler=sampler)
             copy.add_trials(before)
             return dict(copy.ask(self._distributions).params)
+
+    @functools.cached_property
+    def _prior(self) -> Prior | None:
+        """Return what earlier searches know, None where there are none."""
+        if not self._earlier:
+            return None
+        from adasearch.search.prior import Prior
+
+        return Prior(self._earlier)
+
+    def _start(self, before: list[optuna.trial.FrozenTrial]) -> dict[str, Any] | None:
+        """Return a point of an earlier search, in the place of one of the first that are proposed."""
+        assert self._prior is not None
+        index = sum(RECIPE not in t.user_attrs for t in before)
+        if index == 0 and self._config.sampler.type not in MODELLED:
+            _LOG.info("sampler %s takes start trials from earlier runs, no more", self._config.sampler.type)
+        placed = [t for t in before if self._distributions.keys() <= t.params.keys()]
+        known = {self._space.point_key(t.params): t.values[0] if t.values else None for t in placed}
+        return self._prior.start(index, self._config.sampler.startup, self._space.point_key, known)
 
     def tell(self, record: Record, dense: TrialResult | None) -> None:
         """Tell what came of a trial, with its attributes, note and files. Telling again what was told does nothing.

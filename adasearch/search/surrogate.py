@@ -5,6 +5,7 @@ Shape legend: N observed points, M points running, Q candidates, d features in [
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 
@@ -24,6 +25,7 @@ from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Tensor
 
 from adasearch.documents import value
+from adasearch.search.shifted import Expected, Shifted
 
 MAX_POINTS = 300
 _KEPT_BEST = 100
@@ -47,12 +49,14 @@ class Observations:
         scores: N scores, higher is better.
         variances: N squared standard errors of the scores.
         pending: M×d features of running trials.
+        expected: what is known beforehand of the scores, see `Shifted`; None knows nothing.
     """
 
     points: np.ndarray
     scores: np.ndarray
     variances: np.ndarray
     pending: np.ndarray
+    expected: Expected | None = None
 
 
 @value
@@ -114,22 +118,22 @@ def _thinned(data: Observations) -> Observations:
     best = set(np.argsort(-data.scores, kind="stable")[:_KEPT_BEST].tolist())
     latest = [i for i in range(n - 1, -1, -1) if i not in best][: MAX_POINTS - _KEPT_BEST]
     keep = sorted([*best, *latest])
-    return Observations(
-        points=data.points[keep], scores=data.scores[keep], variances=data.variances[keep], pending=data.pending
-    )
+    known = {"points": data.points[keep], "scores": data.scores[keep], "variances": data.variances[keep]}
+    return dataclasses.replace(data, **known)
 
 
 def fit(data: Observations) -> SingleTaskGP:
-    """Return a Gaussian process fitted to standardised scores.
+    """Return a Gaussian process fitted to standardised scores, or to what they differ by from what was expected.
 
     All trials are scored on the same items, so most of a score's standard error is common to all of them and moves
     no comparison; how much is left is fitted (prior of Hvarfner et al. 2024, arXiv 2402.02229, as in BoTorch). What
     the variance of a trial that was scored on fewer items exceeds the least one by is known, and given.
     """
-    spread = float(data.scores.std(ddof=1)) if len(data.scores) > 1 else 0.0
-    spread = spread if spread > 0 else 1.0
     x = torch.as_tensor(data.points, dtype=torch.float64)
-    y = torch.as_tensor((data.scores - data.scores.mean()) / spread, dtype=torch.float64).unsqueeze(-1)
+    left = data.scores if data.expected is None else data.scores - data.expected(x).numpy()
+    spread = float(left.std(ddof=1)) if len(left) > 1 else 0.0
+    spread = spread if spread > 0 else 1.0
+    y = torch.as_tensor((data.scores - left.mean()) / spread, dtype=torch.float64).unsqueeze(-1)
     excess = np.maximum(data.variances - data.variances.min(), 0.0) / spread**2
     noise = torch.as_tensor(excess, dtype=torch.float64).clamp_min(_NOISE_FLOOR)
     prior = LogNormalPrior(loc=-4.0, scale=1.0)
@@ -139,7 +143,9 @@ def fit(data: Observations) -> SingleTaskGP:
         noise_prior=prior,
         noise_constraint=GreaterThan(1e-4, transform=None, initial_value=prior.mode),
     )
-    model = SingleTaskGP(x, y, train_Yvar=noise.unsqueeze(-1), likelihood=likelihood, outcome_transform=None)
+    mean = None if data.expected is None else Shifted(data.expected, spread)
+    known = {"train_Yvar": noise.unsqueeze(-1), "likelihood": likelihood, "mean_module": mean}
+    model = SingleTaskGP(x, y, outcome_transform=None, **known)
     mll = ExactMarginalLogLikelihood(model.likelihood, model)
     fit_gpytorch_mll(mll, optimizer_kwargs={"options": {"maxiter": _FIT_STEPS}})
     return model
