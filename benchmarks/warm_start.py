@@ -38,7 +38,7 @@ DIMENSIONS: dict[str, dict[str, Any]] = {
 BASE = {"calibration": {"corpus": "pydoc"}, "allocation": "layer_profile"}
 ARMS = ("none", "right", "unrelated", "negated")
 STARTUP, NOISE, NEAR = 6, 0.02, 0.1
-_EARLIER_TRIALS, _POOL, _CHILDREN = 40, 100, 20
+_EARLIER_TRIALS, _POOL, _CHILDREN = 40, 60, 12
 
 
 def make_space() -> Space:
@@ -170,7 +170,7 @@ def proposed(space: Space, data: tuple[np.ndarray, np.ndarray], mean: PriorMean 
 def search(problem: Problem, prior: Prior | None, seed: int, trials: int) -> tuple[list[float], list[float]]:
     """Return the true scores of a search's trials, in order, and the weight of the prior at each."""
     space, rng = problem.space, np.random.default_rng([seed, 2])
-    sequence = qmc.Sobol(len(space.parameters), scramble=True, seed=seed).random(STARTUP)
+    sequence = qmc.Sobol(len(space.parameters), scramble=True, seed=seed).random_base2(3)
     tried: list[Params] = []
     true, told, weights = [], np.empty(0), []
     for number in range(trials):
@@ -223,7 +223,7 @@ def extra(counts: np.ndarray, base: np.ndarray) -> tuple[float, float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trials that a search needs with a right, a wrong and no prior.")
-    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=16)
     parser.add_argument("--trials", type=int, default=40)
     options = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -1,7 +1,7 @@
 """Earlier searches as a later one sees them: their scored trials as points of its space.
 
-What is read is frozen in the later run's ``prior.json``: an earlier run may still be going, or be deleted, and proposals
-must not change with it.
+What is read is frozen in the later run's ``prior.json``: an earlier run may still be going, or be deleted, and
+proposals must not change with it.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
 Legend: N trials told of this search, d feature columns, K earlier searches (sources), Z settings of a kernel.
 
-Each source gives a prediction p (N) of the scores y. Beside the model without it, y ~ GP(a, k), stands the model with it,
-y ~ GP(a + b p, k): the slope b is estimated together with the level a, and what the source does not explain is left to
-the process (the autoregressive model of Kennedy & O'Hagan 2000). Both are judged by the density that they give to each
-trial when they see all others, and mixed so that these densities are greatest (stacking of predictive distributions,
-Yao, Vehtari, Simpson & Gelman 2018, equation 2.3).
+Each source gives a prediction p (N) of the scores y. Beside the model without it, y ~ GP(a, k), stands the model with
+it, y ~ GP(a + b p, k): the slope b is estimated together with the level a, and what the source does not explain is left
+to the process (the autoregressive model of Kennedy & O'Hagan 2000). Both are judged by the density that they give to
+each trial when they see all others, and mixed so that these densities are greatest (stacking of predictive
+distributions, Yao, Vehtari, Simpson & Gelman 2018, equation 2.3).
 """
 
 from __future__ import annotations

@@ -116,9 +116,9 @@ def test_a_component_that_is_never_so_here_drops_the_trial(tmp_path):
     assert 0 < others == 20 - len(found.scores)
     assert "importance is never 'wanda_sp' in the space" in found.summary
     fixed = {k: v for k, v in DIMENSIONS.items() if not k.startswith("importance")}
-    study = later(run, space=SpaceConfig(name="fixed", dimensions=fixed), trial={**BASE, "importance": "obs"})
+    study = later(run, space=SpaceConfig(name="fixed", dimensions=fixed), trial={**BASE, "importance": "taylor"})
     (found,) = read(study, tmp_path / "b")
-    assert len(found.scores) == sum(c["importance"]["type"] == "obs" for c in configs_of(make_study(), 20))
+    assert len(found.scores) == sum(c["importance"]["type"] == "taylor" for c in configs_of(make_study(), 20))
 
 
 @pytest.mark.parametrize("problem", ["missing", "no run", "compare", "few", "none of the space", "twice", "itself"])
@@ -137,7 +137,11 @@ def test_what_is_no_earlier_search_is_refused_with_its_key(tmp_path, problem):
         (run / "trials" / "1-1" / "result.json").unlink()
         message = f"at least {MIN_USABLE} trials that are of use, has 4: 4 have a score"
     if problem == "none of the space":
-        space = {"space": SpaceConfig(name="x", dimensions={**DIMENSIONS, "importance": {"choice": ["obs"]}})}
+        rest = {k: v for k, v in DIMENSIONS.items() if not k.startswith("importance")}
+        recovered = [config["recovery"]["type"] for config in configs_of(make_study(), MIN_USABLE)]
+        assert "lora" in recovered
+        rest = {k: v for k, v in rest.items() if not k.startswith("recovery")}
+        space = {"space": SpaceConfig(name="x", dimensions=rest)}
         message = "are none of this space"
     if problem == "twice":
         runs, message = [run, tmp_path / "b" / ".." / "a"], "given that of warm_start"

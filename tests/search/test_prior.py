@@ -151,15 +151,15 @@ def test_trials_needed_are_counted_from_one():
     assert share == low == high == pytest.approx(0.1)
 
 
-def test_a_right_prior_saves_trials_and_a_negated_one_is_not_believed():
-    table = measure(2, 16, ("right", "negated"))
-    assert table["right weight"][:, 9].mean() > 0.5
-    assert table["negated weight"][:, 9:].max() == 0
+def test_in_a_search_a_right_prior_is_believed_and_a_negated_one_is_not():
+    table = measure(2, 12, ("right", "negated"))
+    assert table["right weight"][:, 6:].mean() > 0.3
+    assert table["negated weight"][:, 6:].max() == 0
 
 
 @pytest.mark.slow
 def test_a_right_prior_saves_trials_and_a_wrong_one_costs_at_most_a_tenth():
-    table = measure(20, 40)
+    table = measure(16, 40)
     assert extra(table["right"], table["none"])[2] < -0.2
     for wrong in ("unrelated", "negated"):
         assert extra(table[wrong], table["none"])[0] <= 0.1
