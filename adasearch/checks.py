@@ -18,6 +18,7 @@ from adasearch.pruning import architectures, compensation, schedule
 from adasearch.pruning.projection import reachable, removal
 from adasearch.pruning.structure import ModelShape, ModelStructure
 from adasearch.registry import COMPENSATION
+from adasearch.search.earlier import Earlier, gather
 from adasearch.search.seeds import Seeds, find_seeds
 from adasearch.search.space import MANY_COLUMNS, Space
 from adasearch.sections import ClusterConfig
@@ -46,6 +47,7 @@ class Checked:
         items: identifiers of the items by role and task.
         features: number of columns that the surrogate sees.
         seeds: what becomes of the recipes.
+        earlier: what the runs under `warm_start` tell of the space.
     """
 
     shape: ModelShape
@@ -56,6 +58,7 @@ class Checked:
     items: dict[str, dict[str, tuple[str, ...]]]
     features: int
     seeds: Seeds
+    earlier: tuple[Earlier, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -224,6 +227,7 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
         tasks.check_tasks(study)
         _check_perplexity(study)
         _check_schedule(study)
+        earlier = gather(study, space, out, where)
     except ConfigError as error:
         raise _located(error, where) from None
     try:
@@ -248,6 +252,7 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
         items={role: _item_ids(study, role, where) for role in ("search", "select", "report")},
         features=space.encoding.num_columns,
         seeds=find_seeds(study, space),
+        earlier=earlier,
     )
     _check_costs(study, checked, where)
     return checked
@@ -335,6 +340,7 @@ def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
         yield f"{role} items: " + ", ".join(f"{task} {len(ids)}" for task, ids in found.items())
     yield f"trials: {study.trials}, of them recipes: {', '.join(checked.seeds.names) or 'none'}"
     yield from [checked.seeds.summary()] if study.all_recipes else checked.seeds.lines()
+    yield from (f"warm start: {earlier.run}: {earlier.summary}" for earlier in checked.earlier)
     trial = TrialConfig.from_dict(study.trial, "trial")
     train = getattr(trial.recovery.options, "tokens", 0)
     items = sum(len(ids) for ids in checked.items["search"].values())

@@ -1,6 +1,7 @@
 """The durable records of a run: written once, atomically, checked when read. The study can be rebuilt from them.
 
 ``trials/<number>-<attempt>/result.json`` holds a `Record`; ``items.npz`` beside it the score of every item, by task.
+``prior.json`` holds what was taken from earlier runs, as it was when the search began.
 ``final/<name>.json`` holds a `FinalRecord`, ``final/<name>/failure.json`` why there is none. A file that fails its
 checksum counts as absent.
 """
@@ -241,6 +242,25 @@ def read_failures(run: Path) -> dict[str, Failure]:
     paths = sorted((run / "final").glob("*/failure.json"))
     found = {path.parent.name: _parsed(Failure, _read_checked(path), path) for path in paths}
     return {name: failure for name, failure in found.items() if failure is not None and name not in scored}
+
+
+def write_prior(run: Path, body: Any) -> None:
+    """Write what a run has taken from earlier ones: ``prior.json``."""
+    _write_checked(run / "prior.json", body)
+
+
+def read_prior(run: Path) -> dict[str, Any] | None:
+    """Return what `write_prior` wrote, None where there is none or it is damaged."""
+    return _read_checked(run / "prior.json")
+
+
+def job_of(run: Path) -> str | None:
+    """Return what a run folder is for, ``run`` or ``compare``, None where that is not known yet."""
+    try:
+        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+        return str(manifest.get("job", "run"))
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def ranked_finals(finals: Iterable[FinalRecord]) -> list[FinalRecord]:

@@ -64,6 +64,7 @@ class Findings:
         importance: share of each searched parameter, empty when it cannot be told.
         importance_note: why not, or how it was computed.
         ending: how the search ended, in one sentence; empty while it goes on.
+        earlier: how far each run under `warm_start` was believed in the end, in words.
     """
 
     study: StudyConfig
@@ -78,6 +79,7 @@ class Findings:
     importance: Mapping[str, float]
     importance_note: str
     ending: str = ""
+    earlier: tuple[str, ...] = ()
 
 
 def report_score(score: TaskScore) -> tuple[float, float]:
@@ -177,6 +179,14 @@ def _importance(run: Path, finished: int) -> tuple[dict[str, float], str]:
     return found, note + small
 
 
+def _earlier(run: Path, study: StudyConfig) -> tuple[str, ...]:
+    if not study.warm_start:
+        return ()
+    from adasearch.search.prior import weights_lines
+
+    return tuple(weights_lines(run, study))
+
+
 def gather(run: Path, study: StudyConfig) -> Findings:
     """Return what the records of a run say."""
     chosen = _last_word(read_records(run))
@@ -201,6 +211,7 @@ def gather(run: Path, study: StudyConfig) -> Findings:
         importance=importance,
         importance_note=note,
         ending=ending(run, study, len(chosen)),
+        earlier=_earlier(run, study),
     )
 
 

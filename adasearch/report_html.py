@@ -377,9 +377,11 @@ def _meaning(f: Findings) -> str:
         "<b>No difference shown</b> means that the 95 % interval of the paired difference holds 0. It is no proof that "
         "two models are equal: with more report items a difference may show."
     )
-    return section(
-        "meaning", "What the scores mean", *(f"<p>{text}</p>" for text in (used, margin, bias, stopped, interval))
-    )
+    texts = [used, margin, bias, stopped, interval]
+    if f.earlier:
+        believed = "; ".join(map(escape, f.earlier))
+        texts.append(f"<b>Warm start.</b> How far each earlier run was believed in the end, 0 to 1: {believed}.")
+    return section("meaning", "What the scores mean", *(f"<p>{text}</p>" for text in texts))
 
 
 def _next(f: Findings, run: Path) -> str:

@@ -19,7 +19,7 @@ from adasearch.display import open_display
 from adasearch.documents import plain
 from adasearch.environment import machine, versions
 from adasearch.errors import ConfigError, StorageError
-from adasearch.records import DENSE, read_records, write_json
+from adasearch.records import DENSE, job_of, read_records, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -74,15 +74,6 @@ def _placed(study: StudyConfig, placed: Placement) -> StudyConfig:
 def _say_placement(placed: Placement, say: Callable[[str], None]) -> None:
     for line in (placed.summary, *(f"warning: {warning}" for warning in placed.warnings)):
         say(line)
-
-
-def job_of(run: Path) -> str | None:
-    """Return what a run folder is for, ``run`` or ``compare``, None where that is not known yet."""
-    try:
-        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-        return str(manifest.get("job", "run"))
-    except (OSError, ValueError, AttributeError):
-        return None
 
 
 def _check_job(run: Path, job: str) -> None:
@@ -294,6 +285,10 @@ def status(run: Path) -> Iterator[str]:
         yield f"best search score:  {best.result.score:.4f} ± {best.result.stderr:.4f}, trial {best.number}{name}"
     found = tradeoff.tradeoff(study.objective, scored, dense)
     yield from tradeoff.lines(found) if found else ()
+    if study.warm_start:
+        from adasearch.search.prior import weights_lines
+
+        yield from (f"warm start: {line}" for line in weights_lines(run, study))
     for number in sorted(failed):
         last = [r.failure for r in records if r.number == number and r.failure][-1]
         yield f"trial {number} failed: {last.kind}: {last.message}"

@@ -8,7 +8,7 @@ import math
 import secrets
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -20,6 +20,9 @@ from scipy.stats import qmc
 
 from adasearch.search.parameters import CategoricalParameter, Encoding, FloatParameter, IntParameter, Parameter
 from adasearch.search.space import Space
+
+if TYPE_CHECKING:
+    from adasearch.search.prior import Prior
 
 _LOG = logging.getLogger(__name__)
 
@@ -95,9 +98,13 @@ class BoTorchSampler(BaseSampler):
         space: whose points are proposed; None takes whatever parameters all trials of the study have in common.
         seed: of all draws; None takes one at random.
         startup: number of quasi-random trials.
+        prior: what earlier searches of this space know, None if there are none.
     """
 
-    def __init__(self, space: Space | None = None, *, seed: int | None = None, startup: int = 6) -> None:
+    def __init__(
+        self, space: Space | None = None, *, seed: int | None = None, startup: int = 6, prior: Prior | None = None
+    ) -> None:
+        self._prior = prior
         self._space = space
         self._seed = secrets.randbits(32) if seed is None else seed
         self._startup = startup
@@ -176,12 +183,15 @@ class BoTorchSampler(BaseSampler):
         def moved(index: int, row: np.ndarray) -> dict[str, Any]:
             return view.encoding.moved(candidates[index], view.active(candidates[index]), row)
 
+        points = np.array([features(t.params) for t in scored])
+        scores, variances = np.array([sign * _value(t) for t in scored]), _variances(scored)
         data = surrogate.Observations(
-            points=np.array([features(t.params) for t in scored]),
-            scores=np.array([sign * _value(t) for t in scored]),
-            variances=_variances(scored),
+            points=points,
+            scores=scores,
+            variances=variances,
             pending=np.array([features(t.params) for t in pending]),
             groups=view.encoding.groups,
+            expected=self._prior.fit(points, scores, variances) if self._prior else None,
         )
         seed = derived_seed(self._seed, number, "candidates")
         model = surrogate.fit(data)

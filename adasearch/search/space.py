@@ -14,6 +14,7 @@ features, so points that differ only there are the same trial.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
@@ -191,6 +192,34 @@ class Space:
         except _NotExpressibleError as reason:
             return str(reason)
         return ""
+
+    def partial(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the values of active parameters at which this space says the same as `config`, of another study.
+
+        Those that it cannot say, such as another corpus or a number out of range, are left out. What the two studies
+        fix differently, such as the tokens of recovery, does not matter.
+
+        Raises:
+            ConfigError: the trial is none of this version, or one of its components is never so here.
+        """
+        wanted = TrialConfig.from_dict(config, "trial").to_dict()
+        params: dict[str, Any] = {}
+        for dimension in self._dimensions:  # components first, so that all types are known
+            section, item = dimension.section, wanted[dimension.section]
+            try:
+                if dimension.is_component:
+                    params |= _encoded_component(dimension, item)
+                elif dimension.active({part: wanted[part]["type"] for part in COMPONENTS}):
+                    with contextlib.suppress(_NotExpressibleError):
+                        params |= _encoded_item(dimension, wanted)
+            except _NotExpressibleError as reason:
+                raise ConfigError(section, str(reason)) from None
+        for section, fixed in self._types(params).items():
+            if wanted[section]["type"] != fixed:
+                raise ConfigError(
+                    section, f"{section} is {fixed!r} throughout the space, {wanted[section]['type']!r} there"
+                )
+        return params
 
     def _types(self, params: Mapping[str, Any]) -> dict[str, str]:
         types = {section: _type_of(self._base[section]) for section in COMPONENTS}

@@ -7,14 +7,16 @@ again from the records, and from ``proposal.json`` in each trial's folder.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import logging
 import re
 import shutil
 import sqlite3
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 import yaml
@@ -37,15 +39,20 @@ from adasearch.records import (
 )
 from adasearch.search import lease
 from adasearch.search.belief import Scored, expected_gain
+from adasearch.search.earlier import freeze
 from adasearch.search.executor import printable
 from adasearch.search.noise import Consensus
 from adasearch.search.notes import study_note, trial_note
 from adasearch.search.outcomes import Asked, Proposed, lag_of, settled
 from adasearch.search.sampler import NOISE, RECIPE, STDERR, distributions
-from adasearch.search.samplers import make_sampler
+from adasearch.search.samplers import MODELLED, make_sampler
 from adasearch.search.space import Space
 from adasearch.sections import ObjectiveConfig
 
+if TYPE_CHECKING:
+    from adasearch.search.prior import Prior
+
+_LOG = logging.getLogger(__name__)
 _NAME, _FINGERPRINT = "study.db", "fingerprint"
 GAIN = "expected gain"
 CONSTRAINTS = "constraints"
@@ -113,6 +120,9 @@ class SearchStudy:
         self._space = space
         self._distributions = distributions(space)
         self._path = run / _NAME
+        self._earlier = freeze(config, space, run)
+        for earlier in self._earlier:
+            _LOG.info("warm start from %s: %s", earlier.run, earlier.summary)
         self._artifacts = FileSystemArtifactStore(run / "artifacts")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with _database(self._path):
@@ -172,7 +182,10 @@ class SearchStudy:
         The sampler is asked on a copy in memory, because a trial that Optuna asks for gets its values one transaction
         after the other; in the study it is whole or not at all.
         """
-        sampler = make_sampler(self._config.sampler, self._space, self._config.seed, len(before))
+        start = self._start(before) if self._prior else None
+        if start is not None:
+            return Proposed(params=start, gain=None)
+        sampler = make_sampler(self._config.sampler, self._space, self._config.seed, len(before), self._prior)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             copy = optuna.create_study(directions=directions(self._config.objective), sampler=sampler)
@@ -197,6 +210,25 @@ class SearchStudy:
             if t.state == TrialState.COMPLETE and t.values and self._distributions.keys() <= t.params.keys()
         ]
         return expected_gain(self._space, scored, params)
+
+    @functools.cached_property
+    def _prior(self) -> Prior | None:
+        """Return what earlier searches know, None where there are none."""
+        if not self._earlier:
+            return None
+        from adasearch.search.prior import Prior
+
+        return Prior(self._earlier)
+
+    def _start(self, before: list[optuna.trial.FrozenTrial]) -> dict[str, Any] | None:
+        """Return a point of an earlier search, in the place of one of the first that are proposed."""
+        assert self._prior is not None
+        index = sum(RECIPE not in t.user_attrs for t in before)
+        if index == 0 and self._config.sampler.type not in MODELLED:
+            _LOG.info("sampler %s takes start trials from earlier runs, no more", self._config.sampler.type)
+        placed = [t for t in before if self._distributions.keys() <= t.params.keys()]
+        known = {self._space.point_key(t.params): t.values[0] if t.values else None for t in placed}
+        return self._prior.start(index, self._config.sampler.startup, self._space.point_key, known)
 
     def tell(self, record: Record, dense: TrialResult | None) -> None:
         """Tell what came of a trial, with its attributes, note and files. Telling again what was told does nothing.

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from adasearch.documents import value
 from adasearch.search.gaussian import MAX_FITTED, FitError, Hyperparameters, fitted
+from adasearch.search.shifted import Expected, Shifted
 
 __all__ = ["Candidates", "FitError", "Observations", "Proposal", "fit", "means", "posterior", "propose"]
 
@@ -43,6 +44,7 @@ class Observations:
         pending: M×d features of running trials.
         groups: for each column the parameter (from 0) that it belongs to: columns of one share a lengthscale. None
             gives each column its own.
+        expected: what is known beforehand of the scores, see `Shifted`; None knows nothing.
     """
 
     points: np.ndarray
@@ -50,6 +52,7 @@ class Observations:
     variances: np.ndarray
     pending: np.ndarray
     groups: np.ndarray | None = None
+    expected: Expected | None = None
 
 
 @value
@@ -127,11 +130,18 @@ def thinned(scores: np.ndarray, most: int) -> np.ndarray:
 
 
 def standardised(data: Observations) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Return scores of mean 0 and deviation 1, their noise variances, and the mean and deviation that were."""
-    spread = float(data.scores.std(ddof=1)) if len(data.scores) > 1 else 0.0
-    mean = float(data.scores.mean())
+    """Return what scores differ by from what was expected, standardised, and how that was done.
+
+    Returns:
+        N differences of mean 0 and deviation 1, their N noise variances, and the mean and deviation that were.
+    """
+    left = data.scores
+    if data.expected is not None:
+        left = left - data.expected(torch.as_tensor(data.points, dtype=torch.float64)).detach().numpy()
+    spread = float(left.std(ddof=1)) if len(left) > 1 else 0.0
+    mean = float(left.mean())
     spread = spread if spread > 1e-9 * max(1.0, abs(mean)) else 1.0
-    return (data.scores - mean) / spread, np.maximum(data.variances / spread**2, _NOISE_FLOOR), mean, spread
+    return (left - mean) / spread, np.maximum(data.variances / spread**2, _NOISE_FLOOR), mean, spread
 
 
 def hyperparameters(data: Observations) -> Hyperparameters:
@@ -169,24 +179,26 @@ def posterior(data: Observations, points: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def fit(data: Observations) -> SingleTaskGP:
-    """Return a Gaussian process of standardised scores, see `standardised`, conditioned on what is known.
+    """Return a Gaussian process of scores less ``center`` and over ``spread``, which `standardised` gives.
 
+    Its mean is what was expected, where anything was, and what is fitted is what scores differ by from that.
     It is conditioned on at most `MAX_POINTS` observations, which takes cubic time.
 
     Raises:
         FitError: a numerical failure.
     """
     found = hyperparameters(data)
-    scores, noise, _, _ = standardised(data)
+    _, noise, center, spread = standardised(data)
     kept = thinned(data.scores, MAX_POINTS)
-    scores, noise = scores[kept], noise[kept]
+    noise = noise[kept]
     x = torch.as_tensor(data.points[kept], dtype=torch.float64)
-    y = torch.as_tensor(scores, dtype=torch.float64).unsqueeze(-1)
+    y = torch.as_tensor((data.scores[kept] - center) / spread, dtype=torch.float64).unsqueeze(-1)
     kernel = ScaleKernel(MaternKernel(nu=2.5, ard_num_dims=x.shape[-1])).double()
     kernel.base_kernel.lengthscale = torch.as_tensor(found.lengthscales)
     kernel.outputscale = torch.as_tensor(found.scale)
     variances = torch.as_tensor(noise + found.nugget).unsqueeze(-1)
-    model = SingleTaskGP(x, y, train_Yvar=variances, covar_module=kernel, outcome_transform=None)
+    mean = None if data.expected is None else Shifted(data.expected, spread).double()
+    model = SingleTaskGP(x, y, train_Yvar=variances, covar_module=kernel, mean_module=mean, outcome_transform=None)
     model.mean_module.initialize(constant=found.mean)
     model.requires_grad_(False)  # noqa: FBT003
     model.eval()
