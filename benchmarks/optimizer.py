@@ -152,25 +152,23 @@ class OptunaBook:
 
 def by_posterior(problem: Problem, told: Sequence[Told]) -> int | None:
     """Return the index of the whole trial with the best posterior mean under our model of all that was told."""
-    from adasearch.search.surrogate import Observations, fit
+    from adasearch.search.sampler import paired_variances
+    from adasearch.search.surrogate import Observations, posterior
 
     full = [index for index, trial in enumerate(told) if trial.full]
     if len(full) < 2:
         return chosen(told)
-    import torch
-
     points = np.array([problem.features(trial.params) for trial in told])
     data = Observations(
         points=points,
         scores=np.array([trial.value for trial in told]),
-        variances=np.array([trial.paired**2 for trial in told]),
+        variances=paired_variances(np.array([trial.paired for trial in told])),
         pending=np.zeros((0, points.shape[1])),
+        groups=problem.encoding.groups,
     )
     try:
-        model = fit(data)
-        with torch.no_grad():
-            means = model.posterior(torch.as_tensor(points[full])).mean.squeeze(-1).numpy()
-    except (ArithmeticError, RuntimeError, ValueError):
+        means, _ = posterior(data, points[full])
+    except ArithmeticError:
         return chosen(told)
     return full[int(means.argmax())]
 

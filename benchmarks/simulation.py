@@ -7,6 +7,7 @@ is asked when exactly those up to n - lag are told. A policy may stop a trial af
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -269,10 +270,15 @@ class Replay:
         return True
 
     def _paired(self, trial: _Trial) -> float:
-        """Return the standard error against the mean of the trials told so far, the plain one before there are two."""
-        if len(self._items) < 2:
-            return trial.outcome.stderr
-        return float(task_error(trial.outcome.items - np.mean(self._items, axis=0), trial.outcome.of_task))
+        """Return the standard error against the mean of the trials told so far, nan before there is one.
+
+        As `adasearch.search.noise.Consensus` has it.
+        """
+        count = len(self._items)
+        if not count:
+            return math.nan
+        error = float(task_error(trial.outcome.items - np.mean(self._items, axis=0), trial.outcome.of_task))
+        return error * math.sqrt(count / (count + 1))
 
 
 class Halving:

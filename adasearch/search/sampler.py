@@ -318,17 +318,24 @@ def _value(trial: FrozenTrial) -> float:
 def _variances(scored: list[FrozenTrial]) -> np.ndarray:
     """Return the noise variances of scores: what moves one against the others.
 
-    That is the squared paired standard error, of which a trial that has none (the first one has no other to be paired
-    with) takes the median. Where no trial has one, most of a plain standard error is common to all, as all are scored
-    on the same items, and what a trial's variance exceeds the least one by counts.
+    Those of `paired_variances` if any trial has a paired standard error. Else most of a plain standard error is common
+    to all, as all are scored on the same items, and what a trial's variance exceeds the least one by counts.
     """
     paired = np.array([_positive(t.user_attrs.get(NOISE)) for t in scored])
-    known = paired[np.isfinite(paired)]
-    if len(known):
-        return np.square(np.where(np.isfinite(paired), paired, np.median(known)))
+    if np.isfinite(paired).any():
+        return paired_variances(paired)
     plain = np.nan_to_num(np.array([_positive(t.user_attrs.get(STDERR)) for t in scored]), nan=0.0)
     variances = np.square(plain)
     return np.asarray(variances - variances.min())
+
+
+def paired_variances(errors: np.ndarray) -> np.ndarray:
+    """Return the squares of paired standard errors (N).
+
+    A trial that has none, nan, takes the median: the first one told has no other to be paired with.
+    """
+    known = np.isfinite(errors)
+    return np.square(np.where(known, errors, np.median(errors[known]) if known.any() else 0.0))
 
 
 def _positive(error: Any) -> float:
