@@ -14,7 +14,7 @@ from adasearch.documents import fingerprint, join, value
 from adasearch.environment import local_machine, machine, versions
 from adasearch.errors import ConfigError, DataError, ModelError, StorageError
 from adasearch.placement import GIB, Machine, Placement
-from adasearch.pruning import architectures, compensation, schedule
+from adasearch.pruning import allocation, architectures, compensation, schedule
 from adasearch.pruning.projection import reachable, removal
 from adasearch.pruning.structure import ModelShape, ModelStructure
 from adasearch.registry import COMPENSATION
@@ -131,6 +131,18 @@ def _check_biases(study: StudyConfig, structure: ModelStructure, where: str) -> 
             raise ConfigError(join(where, key), problem)
 
 
+def _check_layers(study: StudyConfig, space: Space, layers: int, where: str) -> None:
+    """Refuse ratios by layer that are made for a model of another number of layers, before a trial fails of it."""
+    # The dimension that gives the ratios before those at whose corners they are merely there.
+    corners = sorted(space.corners(), key=lambda found: not found[0].startswith("allocation."))
+    named = [(join("space", path), corner) for path, corner in corners]
+    named.append(("trial.allocation", TrialConfig.from_dict(study.trial, "trial")))
+    for name, recipe in study.recipes.items():
+        named.append((f"recipes.{name}.allocation", TrialConfig.from_dict(merged(study.trial, recipe), name)))
+    for key, trial in named:
+        allocation.check(trial.allocation, layers, join(where, key))
+
+
 def _check_perplexity(study: StudyConfig) -> None:
     """Refuse to take the perplexity of text that trials are calibrated or tuned on."""
     if study.objective.allow_shared_splits:
@@ -196,6 +208,7 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
         text = str(error)
         raise ModelError(text if text.startswith(where) else f"{join(where, 'model.name')}: {text}") from error
     structure = _check_budget(study, shape, where)
+    _check_layers(study, space, shape.layers, where)
     if out is not None:
         _check_disk(out, structure.parameters, study.finalize.top + 1)
     return Checked(
@@ -283,7 +296,7 @@ def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
     yield f"budget: {checked.target:,} parameters left at most ({removed:.2%} of all removed)"
     yield f"space: {study.space.name}, {len(study.space.dimensions)} dimensions, {checked.features} features"
     if checked.features > MANY_COLUMNS:
-        yield f"  above {MANY_COLUMNS} features the surrogate learns slowly: fix some knobs, or give it more trials"
+        yield f"  above {MANY_COLUMNS} features a search stays near its best trials: fix some knobs, or give it more trials"
     for role, found in checked.items.items():
         yield f"{role} items: " + ", ".join(f"{task} {len(ids)}" for task, ids in found.items())
     yield f"trials: {study.trials}, of them recipes: {', '.join(checked.seeds.names) or 'none'}"

@@ -30,7 +30,7 @@ from adasearch.search.parameters import CategoricalParameter, Encoding, Paramete
 
 _SECTIONS: dict[str, type] = {"calibration": CalibrationConfig, "units": UnitsConfig}
 MANY_COLUMNS = 24
-"""Feature columns above which the surrogate learns slowly; `adasearch validate` says so."""
+"""Feature columns above which the surrogate needs more trials than such searches have; `adasearch validate` says so."""
 
 
 class _NotExpressibleError(Exception):
