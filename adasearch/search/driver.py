@@ -173,6 +173,7 @@ class _Search:
         self._study, self._space, self._run = study, space, run
         self._executor, self._observer, self._book = executor, observer, book
         self._lag = lag(num_workers(study))
+        self._limit = study.trials
         self._trials: list[_Trial] = []
         self._dense = _Trial(Asked(number=DENSE, params={}, recipe=None, told=True), None)
         self._by_key: dict[str, int] = {}
@@ -186,6 +187,7 @@ class _Search:
         self._recipes = seeds.recipes
         for line in seeds.lines():
             self._say(line)
+        self._say(book.sampler.line)
 
     def resume(self) -> None:
         """Take up what an earlier driver left: recorded trials wait to be told, the others are run again."""
@@ -226,7 +228,7 @@ class _Search:
 
     @property
     def _total(self) -> int:
-        return max(self._study.trials, len(self._trials))
+        return max(self._limit, len(self._trials))
 
     @property
     def _dense_result(self) -> TrialResult | None:
@@ -248,14 +250,24 @@ class _Search:
         while moved:
             asked = len(self._trials)
             moved = False
-            if self._told < asked and (self._told <= asked - self._lag or asked >= self._study.trials):
+            if self._told < asked and (self._told <= asked - self._lag or asked >= self._limit):
                 moved = self._tell_next()
-            elif asked < self._study.trials and self._told > asked - self._lag:
+            elif asked < self._limit and self._is_over():
+                moved = True
+            elif asked < self._limit and self._told > asked - self._lag:
                 recipe = self._recipes[asked] if asked < len(self._recipes) else None
                 trial = self._added(self._book.ask(asked, recipe))
                 if trial.twin is None:
                     self._queue.add(asked)
                 moved = True
+
+    def _is_over(self) -> bool:
+        """Decide whether no more trials are asked for, because there is none that would be new."""
+        why = self._space.exhausted(t.asked.params for t in self._trials if t.config is not None)
+        if why is not None:
+            self._say(f"the search ends after {len(self._trials)} of {self._limit} trials: {why}")
+            self._limit = len(self._trials)
+        return why is not None
 
     def _tell_next(self) -> bool:
         trial = self._trials[self._told]

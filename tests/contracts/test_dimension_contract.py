@@ -54,5 +54,5 @@ class TestDimensionContract:
         entry, options, _ = self.made(kind, domain)
         profiles = [{"mlp": [99.0]}, {"mlp": [99.0, 0.0, 0.0], "attention": [0.0] * 3}]
         for outside in profiles if kind.startswith("layer_") else ["elsewhere"]:
-            with pytest.raises(ValueError, match="is|has"):
+            with pytest.raises(ValueError, match=r"is|has"):
                 entry.facts["encode"](outside, "a.path", options)
