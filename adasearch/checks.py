@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from adasearch.pruning import allocation, architectures, compensation, schedule
 from adasearch.pruning.projection import reachable, removal
 from adasearch.pruning.structure import ModelShape, ModelStructure
 from adasearch.registry import COMPENSATION
+from adasearch.search.samplers import Choice, choose
 from adasearch.search.seeds import Seeds, find_seeds
 from adasearch.search.space import MANY_COLUMNS, Space
 from adasearch.sections import ClusterConfig
@@ -44,7 +46,9 @@ class Checked:
         model_digest: tells the model's files apart from others, from their names and sizes.
         items: identifiers of the items by role and task.
         features: number of columns that the surrogate sees.
+        points: of the space, infinity where they were not counted.
         seeds: what becomes of the recipes.
+        sampler: what proposes trials, and why.
     """
 
     shape: ModelShape
@@ -53,7 +57,9 @@ class Checked:
     model_digest: str
     items: dict[str, dict[str, tuple[str, ...]]]
     features: int
+    points: float
     seeds: Seeds
+    sampler: Choice
 
     @property
     def summary(self) -> str:
@@ -133,12 +139,12 @@ def _check_biases(study: StudyConfig, structure: ModelStructure, where: str) -> 
 
 def _check_layers(study: StudyConfig, space: Space, layers: int, where: str) -> None:
     """Refuse ratios by layer that are made for a model of another number of layers, before a trial fails of it."""
-    # The dimension that gives the ratios before those at whose corners they are merely there.
-    corners = sorted(space.corners(), key=lambda found: not found[0].startswith("allocation."))
-    named = [(join("space", path), corner) for path, corner in corners]
-    named.append(("trial.allocation", TrialConfig.from_dict(study.trial, "trial")))
+    named = [("trial.allocation", TrialConfig.from_dict(study.trial, "trial"))]
     for name, recipe in study.recipes.items():
         named.append((f"recipes.{name}.allocation", TrialConfig.from_dict(merged(study.trial, recipe), name)))
+    # The dimension that gives the ratios before those at whose corners they are merely there.
+    corners = sorted(space.corners(), key=lambda found: not found[0].startswith("allocation."))
+    named += [(join("space", path), corner) for path, corner in corners]
     for key, trial in named:
         allocation.check(trial.allocation, layers, join(where, key))
 
@@ -199,6 +205,7 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
         tasks.check_tasks(study)
         _check_perplexity(study)
         _check_schedule(study)
+        sampler = choose(study, space)
     except ConfigError as error:
         raise _located(error, where) from None
     try:
@@ -218,7 +225,9 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
         model_digest=_digest(source),
         items={role: _item_ids(study, role, where) for role in ("search", "select", "report")},
         features=space.encoding.num_columns,
+        points=space.num_points,
         seeds=find_seeds(study, space),
+        sampler=sampler,
     )
 
 
@@ -296,7 +305,10 @@ def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
     yield f"budget: {checked.target:,} parameters left at most ({removed:.2%} of all removed)"
     yield f"space: {study.space.name}, {len(study.space.dimensions)} dimensions, {checked.features} features"
     if checked.features > MANY_COLUMNS:
-        yield f"  above {MANY_COLUMNS} features a search stays near its best trials: fix some knobs, or give it more trials"
+        yield f"  above {MANY_COLUMNS} features a search stays near its best trials: fix some knobs, or raise trials"
+    if not math.isinf(checked.points):
+        yield f"  {checked.points:g} points: the search ends when all have been tried"
+    yield checked.sampler.line
     for role, found in checked.items.items():
         yield f"{role} items: " + ", ".join(f"{task} {len(ids)}" for task, ids in found.items())
     yield f"trials: {study.trials}, of them recipes: {', '.join(checked.seeds.names) or 'none'}"

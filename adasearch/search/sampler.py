@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import secrets
+from abc import abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ _LOG = logging.getLogger(__name__)
 NUM_RANDOM = 256
 NUM_PARENTS = 8
 NUM_CHILDREN = 32
-_TRIES = 64
+TRIES = 64
 STDERR, RECIPE = "stderr", "recipe"
 
 
@@ -62,28 +63,40 @@ def distributions(space: Space) -> dict[str, BaseDistribution]:
 
 
 @dataclass(frozen=True, slots=True)
-class _View:
-    """How the sampler sees points: their encoding, which of their parameters count, and what makes two equal."""
+class View:
+    """How a sampler sees points: their encoding, which of their parameters count, and what makes two equal."""
 
     encoding: Encoding
     active: Callable[[dict[str, Any]], Collection[str]]
     key: Callable[[dict[str, Any]], str]
 
 
-def _view(space: Space | None, search_space: dict[str, BaseDistribution]) -> _View:
+def _view(space: Space | None, search_space: dict[str, BaseDistribution]) -> View:
     if space is not None:
-        return _View(space.encoding, space.active, space.point_key)
+        return View(space.encoding, space.active, space.point_key)
     encoding = Encoding({name: from_distribution(d) for name, d in search_space.items()})
     names = tuple(sorted(search_space))
-    return _View(encoding, lambda _: names, lambda params: repr([params.get(name) for name in names]))
+    return View(encoding, lambda _: names, lambda params: repr([params.get(name) for name in names]))
 
 
-class BoTorchSampler(BaseSampler):
-    """Proposes by noisy expected improvement over a Gaussian process; see `adasearch.search.surrogate`.
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What a sampler goes by: the trials with a value, those that run, the keys of all points known, and its turn.
 
-    The first `startup` trials that are no recipes come from a quasi-random sequence. A trial's user attribute
-    ``stderr`` is the standard error of its value. Running trials count as pending, failed ones not at all. Points
-    that are the same trial as an earlier one are avoided. When the model fails, TPE proposes instead.
+    `turn` is the number of the trial to propose and the sign by which values grow better.
+    """
+
+    scored: list[FrozenTrial]
+    pending: list[FrozenTrial]
+    known: set[str]
+    turn: tuple[int, float]
+
+
+class SpaceSampler(BaseSampler):
+    """A sampler of whole points: the first ones quasi-random, the others by what is known; `informed` says how.
+
+    The first `startup` trials that are no recipes come from a quasi-random sequence. Points that are the same trial as
+    an earlier one are avoided. There is no state but the study.
 
     Args:
         space: whose points are proposed; None takes whatever parameters all trials of the study have in common.
@@ -123,14 +136,14 @@ class BoTorchSampler(BaseSampler):
         scored = [t for t in others if _is_scored(t, search_space)]
         before = sum(t.number < trial.number and RECIPE not in t.user_attrs for t in others)
         if before < self._startup or len(scored) < 2:
-            return self._quasi_random(view, known, before)
+            return quasi_random(view, known, before, derived_seed(self._seed, 0, "sobol"))
         pending = [t for t in others if t.state == TrialState.RUNNING and search_space.keys() <= t.params.keys()]
         sign = -1.0 if study.direction == StudyDirection.MINIMIZE else 1.0
-        try:
-            return self._modelled(view, scored, pending, known, (trial.number, sign))
-        except ArithmeticError as error:
-            _LOG.warning("trial %d is proposed by TPE, the model having failed: %s", trial.number, error)
-            return self._fallen_back(study, trial)
+        return self.informed(study, trial, view, Past(scored, pending, known, (trial.number, sign)))
+
+    @abstractmethod
+    def informed(self, study: Study, trial: FrozenTrial, view: View, past: Past) -> dict[str, Any]:
+        """Return the values of all parameters for `trial`, after the first ones; `past` has two scored trials."""
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -140,21 +153,25 @@ class BoTorchSampler(BaseSampler):
         unit = np.random.default_rng(derived_seed(self._seed, trial.number, param_name)).random()
         return from_distribution(param_distribution).from_unit(float(unit))
 
-    def _quasi_random(self, view: _View, known: set[str], index: int) -> dict[str, Any]:
-        """Return point `index` of a scrambled Sobol sequence, or the next one that is not known."""
-        sequence = qmc.Sobol(len(view.encoding.parameters), scramble=True, seed=derived_seed(self._seed, 0, "sobol"))
-        if index:  # SciPy refuses to skip nothing
-            sequence.fast_forward(index)
-        first = params = view.encoding.from_units(sequence.random(1)[0])
-        for _ in range(_TRIES):
-            if view.key(params) not in known:
-                return params
-            params = view.encoding.from_units(sequence.random(1)[0])
-        return first
+
+class BoTorchSampler(SpaceSampler):
+    """Proposes by noisy expected improvement over a Gaussian process; see `adasearch.search.surrogate`.
+
+    A trial's user attribute ``stderr`` is the standard error of its value. Running trials count as pending, failed
+    ones not at all. When the model fails, TPE proposes instead.
+    """
+
+    def informed(self, study: Study, trial: FrozenTrial, view: View, past: Past) -> dict[str, Any]:
+        """Return the point that looks best under the model, or what TPE proposes where the model fails."""
+        try:
+            return self._modelled(view, past.scored, past.pending, past.known, past.turn)
+        except ArithmeticError as error:
+            _LOG.warning("trial %d is proposed by TPE, the model having failed: %s", trial.number, error)
+            return self._fallen_back(study, trial)
 
     def _modelled(
         self,
-        view: _View,
+        view: View,
         scored: list[FrozenTrial],
         pending: list[FrozenTrial],
         known: set[str],
@@ -170,7 +187,7 @@ class BoTorchSampler(BaseSampler):
         def moved(index: int, row: np.ndarray) -> dict[str, Any]:
             return view.encoding.moved(candidates[index], view.active(candidates[index]), row)
 
-        scores = np.array([sign * _value(t) for t in scored])
+        scores = np.array([sign * value_of(t) for t in scored])
         data = Observations(
             points=np.array([features(t.params) for t in scored]),
             scores=scores,
@@ -194,7 +211,20 @@ class BoTorchSampler(BaseSampler):
         return sampler.sample_relative(study, trial, sampler.infer_relative_search_space(study, trial))
 
 
-def _candidates(view: _View, parents: list[dict[str, Any]], known: set[str], seed: int) -> list[dict[str, Any]]:
+def quasi_random(view: View, known: set[str], index: int, seed: int) -> dict[str, Any]:
+    """Return point `index` of a scrambled Sobol sequence, or the next one that is not `known` if there is one soon."""
+    sequence = qmc.Sobol(len(view.encoding.parameters), scramble=True, seed=seed)
+    if index:  # SciPy refuses to skip nothing
+        sequence.fast_forward(index)
+    first = params = view.encoding.from_units(sequence.random(1)[0])
+    for _ in range(TRIES):
+        if view.key(params) not in known:
+            return params
+        params = view.encoding.from_units(sequence.random(1)[0])
+    return first
+
+
+def _candidates(view: View, parents: list[dict[str, Any]], known: set[str], seed: int) -> list[dict[str, Any]]:
     """Return quasi-random points and neighbours of the best, without repetition, new ones if there are any."""
     rng = np.random.default_rng(seed)
     sequence = qmc.Sobol(len(view.encoding.parameters), scramble=True, seed=seed)
@@ -207,10 +237,11 @@ def _candidates(view: _View, parents: list[dict[str, Any]], known: set[str], see
 
 def _is_scored(trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> bool:
     complete = trial.state == TrialState.COMPLETE and trial.values is not None
-    return complete and math.isfinite(_value(trial)) and search_space.keys() <= trial.params.keys()
+    return complete and math.isfinite(value_of(trial)) and search_space.keys() <= trial.params.keys()
 
 
-def _value(trial: FrozenTrial) -> float:
+def value_of(trial: FrozenTrial) -> float:
+    """Return the value of a finished trial, the first of several."""
     return float(trial.values[0])
 
 

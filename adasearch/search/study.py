@@ -7,6 +7,7 @@ again from the records, and from ``proposal.json`` in each trial's folder.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 import shutil
@@ -39,7 +40,7 @@ from adasearch.search.executor import printable
 from adasearch.search.notes import study_note, trial_note
 from adasearch.search.outcomes import Asked, Recipe, lag, num_workers, settled
 from adasearch.search.sampler import RECIPE, STDERR, distributions
-from adasearch.search.samplers import make_sampler
+from adasearch.search.samplers import choose, make_sampler
 from adasearch.search.space import Space
 
 _NAME, _FINGERPRINT = "study.db", "fingerprint"
@@ -99,13 +100,14 @@ def check_owner(run: Path, config: StudyConfig, sections: tuple[str, ...] = SEAR
 
 
 class SearchStudy:
-    """An open study; made by `open_study` and `rebuild`."""
+    """An open study; made by `open_study` and `rebuild`. `sampler` is what proposes its trials, and why."""
 
     def __init__(self, run: Path, config: StudyConfig, space: Space) -> None:
         self._run = run
         self._config = config
         self._space = space
         self._distributions = distributions(space)
+        self.sampler = choose(config, space)
         self._path = run / _NAME
         self._artifacts = FileSystemArtifactStore(run / "artifacts")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -159,7 +161,8 @@ class SearchStudy:
         return asked
 
     def _proposed(self, before: list[optuna.trial.FrozenTrial]) -> dict[str, Any]:
-        sampler = make_sampler(self._config.sampler, self._space, self._config.seed, len(before))
+        settings = dataclasses.replace(self._config.sampler, type=self.sampler.type)
+        sampler = make_sampler(settings, self._space, self._config.seed, len(before))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             copy = optuna.create_study(direction="maximize", sampler=sampler)

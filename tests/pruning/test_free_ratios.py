@@ -17,7 +17,9 @@ from tests.pruning.sample import budget, made_structure
 
 
 def ratios_of(structure, asked=None, **options):
-    context = AllocationContext(structure=structure, budget=asked or budget(0.2), scores={}, statistics=None, weights={})
+    context = AllocationContext(
+        structure=structure, budget=asked or budget(0.2), scores={}, statistics=None, weights={}
+    )
     return allocation.shape(context, Component(type="free_ratios", options=FreeRatiosOptions(**options)))
 
 
