@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +15,12 @@ from adasearch.documents import fingerprint, join, value
 from adasearch.environment import local_machine, machine, versions
 from adasearch.errors import ConfigError, DataError, ModelError, StorageError
 from adasearch.placement import GIB, Machine, Placement
-from adasearch.pruning import architectures, compensation, schedule
+from adasearch.pruning import allocation, architectures, compensation, schedule
 from adasearch.pruning.projection import reachable, removal
 from adasearch.pruning.structure import ModelShape, ModelStructure
 from adasearch.registry import COMPENSATION
 from adasearch.search.earlier import Earlier, gather
+from adasearch.search.samplers import Choice, choose
 from adasearch.search.seeds import Seeds, find_seeds
 from adasearch.search.space import MANY_COLUMNS, Space
 from adasearch.sections import ClusterConfig
@@ -46,8 +48,10 @@ class Checked:
         model_digest: tells the model's files apart from others, from their names and sizes.
         items: identifiers of the items by role and task.
         features: number of columns that the surrogate sees.
+        points: of the space, infinity where they were not counted.
         seeds: what becomes of the recipes.
         earlier: what the runs under `warm_start` tell of the space.
+        sampler: what proposes trials, and why.
     """
 
     shape: ModelShape
@@ -57,7 +61,9 @@ class Checked:
     model_digest: str
     items: dict[str, dict[str, tuple[str, ...]]]
     features: int
+    points: float
     seeds: Seeds
+    sampler: Choice
     earlier: tuple[Earlier, ...] = ()
 
     @property
@@ -171,6 +177,18 @@ def _check_biases(study: StudyConfig, structure: ModelStructure, where: str) -> 
             raise ConfigError(join(where, key), problem)
 
 
+def _check_layers(study: StudyConfig, space: Space, layers: int, where: str) -> None:
+    """Refuse ratios by layer that are made for a model of another number of layers, before a trial fails of it."""
+    named = [("trial.allocation", TrialConfig.from_dict(study.trial, "trial"))]
+    for name, recipe in study.recipes.items():
+        named.append((f"recipes.{name}.allocation", TrialConfig.from_dict(merged(study.trial, recipe), name)))
+    # The dimension that gives the ratios before those at whose corners they are merely there.
+    corners = sorted(space.corners(), key=lambda found: not found[0].startswith("allocation."))
+    named += [(join("space", path), corner) for path, corner in corners]
+    for key, trial in named:
+        allocation.check(trial.allocation, layers, join(where, key))
+
+
 def _check_perplexity(study: StudyConfig) -> None:
     """Refuse to take the perplexity of text that trials are calibrated or tuned on."""
     if study.objective.allow_shared_splits:
@@ -228,6 +246,7 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
         _check_perplexity(study)
         _check_schedule(study)
         earlier = gather(study, space, out, where)
+        sampler = choose(study, space)
     except ConfigError as error:
         raise _located(error, where) from None
     try:
@@ -241,6 +260,7 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
         structure.parameters - removal(structure, dataclasses.replace(study.budget, remove=remove))
         for remove in study.removes
     ]
+    _check_layers(study, space, shape.layers, where)
     if out is not None:
         _check_disk(out, structure.parameters, study.finalize.top + 1)
     checked = Checked(
@@ -251,8 +271,10 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
         model_digest=_digest(source),
         items={role: _item_ids(study, role, where) for role in ("search", "select", "report")},
         features=space.encoding.num_columns,
+        points=space.num_points,
         seeds=find_seeds(study, space),
         earlier=earlier,
+        sampler=sampler,
     )
     _check_costs(study, checked, where)
     return checked
@@ -335,7 +357,10 @@ def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
     yield from _describe_costs(study)
     yield f"space: {study.space.name}, {len(study.space.dimensions)} dimensions, {checked.features} features"
     if checked.features > MANY_COLUMNS:
-        yield f"  above {MANY_COLUMNS} features the surrogate learns slowly: fix some knobs, or give it more trials"
+        yield f"  above {MANY_COLUMNS} features a search stays near its best trials: fix some knobs, or raise trials"
+    if not math.isinf(checked.points):
+        yield f"  {checked.points:g} points: the search ends when all have been tried"
+    yield checked.sampler.line
     for role, found in checked.items.items():
         yield f"{role} items: " + ", ".join(f"{task} {len(ids)}" for task, ids in found.items())
     yield f"trials: {study.trials}, of them recipes: {', '.join(checked.seeds.names) or 'none'}"

@@ -98,6 +98,7 @@ def _write_manifest(
             "job": job,
             "fingerprint": study.fingerprint,
             "seed": study.seed,
+            "sampler": plain(checked.sampler),
             "versions": versions(),
             "machine": machine(),
             "placement": {name: {"summary": p.summary, **plain(p)} for name, p in placements.items()},

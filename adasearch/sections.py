@@ -11,6 +11,7 @@ import pydantic
 from adasearch.documents import Count, Fraction, NonNegative, Positive, Share, value
 
 Cost = Literal["parameters", "latency", "memory"]
+SamplerType = Literal["auto", "botorch", "tpe", "gp", "nsga2", "random", "cmaes", "evolution"]
 
 
 @value
@@ -144,7 +145,7 @@ class SamplerConfig:
     ``auto`` takes what suits the study and says what and why, see `search.samplers`.
     """
 
-    type: Literal["auto", "botorch", "tpe", "gp", "nsga2", "random", "cmaes", "evolution"] = "auto"
+    type: SamplerType = "auto"
     startup: Count = 6
 
 

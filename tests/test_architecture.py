@@ -69,7 +69,7 @@ DOORS = {
     "datasets": ("data", "tuning.tasks"),
     "botorch": ("search.surrogate", "search.several"),
     "gpytorch": ("search.surrogate", "search.shifted"),
-    "optuna": ("search.sampler", "search.samplers", "search.evolution", "search.study", "dashboard"),
+    "optuna": ("search.sampler", "search.samplers", "search.evolution", "search.study", "search.telling", "dashboard"),
     "optuna_dashboard": ("dashboard", "search.study"),
     "ray": ("search.ray_executor",),
     "pandas": ("report", "data"),

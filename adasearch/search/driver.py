@@ -168,6 +168,7 @@ class _Search:
         self._recipes = seeds.recipes
         for line in seeds.lines():
             self._say(line)
+        self._say(book.sampler.line)
 
     def __enter__(self) -> Self:
         return self
@@ -292,6 +293,7 @@ class _Search:
         finished = [trial.record for trial in self._trials if trial.record]
         gains = [asked.gain for asked in proposals] + [*following]
         why = reason(rule, self._clock.seconds, spent(finished), gains) if number else None
+        why = why or self._space.exhausted(t.asked.params for t in self._trials if t.config is not None)
         if why is None:
             return False
         ended = Ended(reason=why, asked=number, trials=self._study.trials, rule=rule)

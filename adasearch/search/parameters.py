@@ -53,6 +53,17 @@ class FloatParameter:
         assert self.step is not None
         return math.floor((self.high - self.low) / self.step + 1e-9) + 1
 
+    @property
+    def size(self) -> float:
+        """Return how many values there are, infinity where there is no step."""
+        if self.low == self.high:
+            return 1
+        return math.inf if self.step is None else self._num_steps
+
+    def values(self) -> tuple[float, ...]:
+        """Return every value, of a number that has finitely many."""
+        return tuple(self.from_unit((i + 0.5) / self.size) for i in range(int(self.size)))
+
 
 @value
 class IntParameter:
@@ -66,6 +77,8 @@ class IntParameter:
     def to_unit(self, item: float) -> float:
         """Return the unit coordinate of `item`: the middle of the stretch that `from_unit` rounds to it."""
         item = min(max(int(item), self.low), self.high)
+        if self.low == self.high:
+            return 0.5
         if self.log:
             return (math.log(item) - self._ends[0]) / (self._ends[1] - self._ends[0])
         return ((item - self.low) // self.step + 0.5) / self._num_steps
@@ -86,6 +99,15 @@ class IntParameter:
     def _num_steps(self) -> int:
         return (self.high - self.low) // self.step + 1
 
+    @property
+    def size(self) -> int:
+        """Return how many values there are."""
+        return self._num_steps
+
+    def values(self) -> tuple[int, ...]:
+        """Return every value."""
+        return tuple(range(self.low, self.high + 1, self.step))
+
 
 @value
 class CategoricalParameter:
@@ -96,6 +118,15 @@ class CategoricalParameter:
     def from_unit(self, unit: float) -> Scalar:
         """Return the choice in whose stretch of [0, 1] the coordinate lies."""
         return self.choices[min(max(int(unit * len(self.choices)), 0), len(self.choices) - 1)]
+
+    @property
+    def size(self) -> int:
+        """Return how many values there are."""
+        return len(self.choices)
+
+    def values(self) -> tuple[Scalar, ...]:
+        """Return every value."""
+        return self.choices
 
     @property
     def num_columns(self) -> int:
@@ -147,7 +178,7 @@ class Encoding:
         """Return which columns (d bool) hold active numbers: those that may be moved continuously."""
         mask = np.zeros(self.num_columns, dtype=bool)
         for name, parameter in self.parameters.items():
-            if name in active and not isinstance(parameter, CategoricalParameter):
+            if name in active and parameter.size > 1 and not isinstance(parameter, CategoricalParameter):
                 mask[self._columns[name]] = True
         return mask
 
@@ -163,11 +194,20 @@ class Encoding:
         """Return the point at P unit coordinates, one for each parameter."""
         return {name: p.from_unit(u) for (name, p), u in zip(self.parameters.items(), units, strict=True)}
 
-    def mutated(self, params: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """Return a neighbour of a point: one to three parameters changed, numbers by a step of a random size."""
+    def mutated(
+        self, params: Mapping[str, Any], rng: np.random.Generator, among: Collection[str] | None = None
+    ) -> dict[str, Any]:
+        """Return a neighbour of a point: one to three parameters changed, numbers by a step of a random size.
+
+        Args:
+            params: the point.
+            rng: of all draws.
+            among: names of the parameters that may change, None for all.
+        """
         result = {name: params.get(name, p.from_unit(0.5)) for name, p in self.parameters.items()}
-        names = list(self.parameters)
-        for name in rng.choice(names, size=min(len(names), int(rng.integers(1, 4))), replace=False):
+        names = [name for name, p in self.parameters.items() if p.size > 1 and (among is None or name in among)]
+        number = int(rng.integers(1, 4))
+        for name in rng.choice(names, size=min(len(names), number), replace=False) if names else ():
             parameter = self.parameters[name]
             unit = float(rng.random())
             if not isinstance(parameter, CategoricalParameter) and rng.random() < 0.8:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import secrets
+from abc import abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ NUM_PARENTS = 8
 NUM_CHILDREN = 32
 NUM_PERTURBED = 20
 MANY_PARAMETERS = 24
-_TRIES = 64
+TRIES = 64
 STDERR, NOISE, RECIPE = "stderr", "paired_stderr", "recipe"
 
 
@@ -67,44 +68,48 @@ def distributions(space: Space) -> dict[str, BaseDistribution]:
 
 
 @dataclass(frozen=True, slots=True)
-class _View:
-    """How the sampler sees points: their encoding, which of their parameters count, and what makes two equal."""
+class View:
+    """How a sampler sees points: their encoding, which of their parameters count, and what makes two equal."""
 
     encoding: Encoding
     active: Callable[[dict[str, Any]], Collection[str]]
     key: Callable[[dict[str, Any]], str]
 
 
-def _view(space: Space | None, search_space: dict[str, BaseDistribution]) -> _View:
+def _view(space: Space | None, search_space: dict[str, BaseDistribution]) -> View:
     if space is not None:
-        return _View(space.encoding, space.active, space.point_key)
+        return View(space.encoding, space.active, space.point_key)
     encoding = Encoding({name: from_distribution(d) for name, d in search_space.items()})
     names = tuple(sorted(search_space))
-    return _View(encoding, lambda _: names, lambda params: repr([params.get(name) for name in names]))
+    return View(encoding, lambda _: names, lambda params: repr([params.get(name) for name in names]))
 
 
-class BoTorchSampler(BaseSampler):
-    """Proposes by noisy expected improvement over a Gaussian process; see `adasearch.search.surrogate`.
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What a sampler goes by: the trials with a value, those that run, the keys of all points known, and its turn.
 
-    With several directions by noisy expected hypervolume improvement, see `adasearch.search.several`; the standard
-    error of another value than the first is the user attribute ``stderr <metric name>``.
+    `turn` is the number of the trial to propose and the sign by which values, the first ones, grow better.
+    """
 
-    The first `startup` trials that are no recipes come from a quasi-random sequence. A trial's user attribute
-    ``paired_stderr`` is the standard error of its value against those of the others, ``stderr`` the plain one. Running
-    trials count as pending, failed ones not at all. Points that are the same trial as an earlier one are avoided. When
-    the model fails, TPE proposes instead.
+    scored: list[FrozenTrial]
+    pending: list[FrozenTrial]
+    known: set[str]
+    turn: tuple[int, float]
+
+
+class SpaceSampler(BaseSampler):
+    """A sampler of whole points: the first ones quasi-random, the others by what is known; `informed` says how.
+
+    The first `startup` trials that are no recipes come from a quasi-random sequence. Points that are the same trial as
+    an earlier one are avoided. There is no state but the study.
 
     Args:
         space: whose points are proposed; None takes whatever parameters all trials of the study have in common.
         seed: of all draws; None takes one at random.
         startup: number of quasi-random trials.
-        prior: what earlier searches of this space know, None if there are none.
     """
 
-    def __init__(
-        self, space: Space | None = None, *, seed: int | None = None, startup: int = 6, prior: Prior | None = None
-    ) -> None:
-        self._prior = prior
+    def __init__(self, space: Space | None = None, *, seed: int | None = None, startup: int = 6) -> None:
         self._space = space
         self._seed = secrets.randbits(32) if seed is None else seed
         self._startup = startup
@@ -134,16 +139,14 @@ class BoTorchSampler(BaseSampler):
         scored = [t for t in others if _is_scored(t, search_space)]
         before = sum(t.number < trial.number and RECIPE not in t.user_attrs for t in others)
         if before < self._startup or len(scored) < 2:
-            return self._quasi_random(view, known, before)
+            return quasi_random(view, known, before, derived_seed(self._seed, 0, "sobol"))
         pending = [t for t in others if t.state == TrialState.RUNNING and search_space.keys() <= t.params.keys()]
-        try:
-            if len(study.directions) > 1:
-                return self._of_several(view, study, scored, (pending, known), trial.number)
-            sign = -1.0 if study.direction == StudyDirection.MINIMIZE else 1.0
-            return self._modelled(view, scored, pending, known, (trial.number, sign))
-        except ArithmeticError as error:
-            _LOG.warning("trial %d is proposed by TPE, the model having failed: %s", trial.number, error)
-            return self._fallen_back(study, trial)
+        sign = -1.0 if study.directions[0] == StudyDirection.MINIMIZE else 1.0
+        return self.informed(study, trial, view, Past(scored, pending, known, (trial.number, sign)))
+
+    @abstractmethod
+    def informed(self, study: Study, trial: FrozenTrial, view: View, past: Past) -> dict[str, Any]:
+        """Return the values of all parameters for `trial`, after the first ones; `past` has two scored trials."""
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -153,29 +156,42 @@ class BoTorchSampler(BaseSampler):
         unit = np.random.default_rng(derived_seed(self._seed, trial.number, param_name)).random()
         return from_distribution(param_distribution).from_unit(float(unit))
 
-    def _quasi_random(self, view: _View, known: set[str], index: int) -> dict[str, Any]:
-        """Return point `index` of a scrambled Sobol sequence, or the next one that is not known."""
-        sequence = qmc.Sobol(len(view.encoding.parameters), scramble=True, seed=derived_seed(self._seed, 0, "sobol"))
-        if index:  # SciPy refuses to skip nothing
-            sequence.fast_forward(index)
-        first = params = view.encoding.from_units(sequence.random(1)[0])
-        for _ in range(_TRIES):
-            if view.key(params) not in known:
-                return params
-            params = view.encoding.from_units(sequence.random(1)[0])
-        return first
 
-    def _modelled(
-        self,
-        view: _View,
-        scored: list[FrozenTrial],
-        pending: list[FrozenTrial],
-        known: set[str],
-        turn: tuple[int, float],
-    ) -> dict[str, Any]:
+class BoTorchSampler(SpaceSampler):
+    """Proposes by noisy expected improvement over a Gaussian process; see `adasearch.search.surrogate`.
+
+    With several directions by noisy expected hypervolume improvement, see `adasearch.search.several`; the standard
+    error of another value than the first is the user attribute ``stderr <metric name>``.
+
+    A trial's user attribute ``paired_stderr`` is the standard error of its value against those of the others,
+    ``stderr`` the plain one. Running trials count as pending, failed ones not at all. When the model fails, TPE
+    proposes instead.
+
+    Args:
+        space: see `SpaceSampler`, as `seed` and `startup`.
+        seed: of all draws.
+        startup: number of quasi-random trials.
+        prior: what earlier searches of this space know, None if there are none.
+    """
+
+    def __init__(
+        self, space: Space | None = None, *, seed: int | None = None, startup: int = 6, prior: Prior | None = None
+    ) -> None:
+        super().__init__(space, seed=seed, startup=startup)
+        self._prior = prior
+
+    def informed(self, study: Study, trial: FrozenTrial, view: View, past: Past) -> dict[str, Any]:
+        """Return the point that looks best under the model, or what TPE proposes where the model fails."""
+        try:
+            return self._of_several(view, study, past) if len(study.directions) > 1 else self._modelled(view, past)
+        except ArithmeticError as error:
+            _LOG.warning("trial %d is proposed by TPE, the model having failed: %s", trial.number, error)
+            return self._fallen_back(study, trial)
+
+    def _modelled(self, view: View, past: Past) -> dict[str, Any]:
         from adasearch.search import surrogate
 
-        number, sign = turn
+        scored, (number, sign) = past.scored, past.turn
 
         def features(params: dict[str, Any]) -> np.ndarray:
             return view.encoding.features(params, view.active(params))
@@ -184,12 +200,12 @@ class BoTorchSampler(BaseSampler):
             return view.encoding.moved(candidates[index], view.active(candidates[index]), row)
 
         points = np.array([features(t.params) for t in scored])
-        scores, variances = np.array([sign * _value(t) for t in scored]), _variances(scored)
+        scores, variances = np.array([sign * value_of(t) for t in scored]), _variances(scored)
         data = surrogate.Observations(
             points=points,
             scores=scores,
             variances=variances,
-            pending=np.array([features(t.params) for t in pending]),
+            pending=np.array([features(t.params) for t in past.pending]),
             groups=view.encoding.groups,
             expected=self._prior.fit(points, scores, variances) if self._prior else None,
         )
@@ -198,7 +214,7 @@ class BoTorchSampler(BaseSampler):
         # by the model's mean, because the best of noisy scores is the luckiest
         order = np.argsort(-surrogate.means(model, data.points), kind="stable")[:NUM_PARENTS]
         region = region_length(data.scores, len(view.encoding.parameters))
-        candidates = _candidates(view, [scored[i].params for i in order], known, seed, region)
+        candidates = _candidates(view, [scored[i].params for i in order], past.known, seed, region)
         free = np.array([view.encoding.free(view.active(params)) for params in candidates])
         rows = np.array([features(params) for params in candidates])
 
@@ -209,22 +225,15 @@ class BoTorchSampler(BaseSampler):
         ranked = surrogate.propose(data, where, seed, len(rows), model)
         for proposal in ranked:
             params = moved(proposal.index, proposal.features)
-            if view.key(params) not in known:
+            if view.key(params) not in past.known:
                 return params
         return moved(ranked[0].index, ranked[0].features)
 
-    def _of_several(
-        self,
-        view: _View,
-        study: Study,
-        scored: list[FrozenTrial],
-        others: tuple[list[FrozenTrial], set[str]],
-        number: int,
-    ) -> dict[str, Any]:
+    def _of_several(self, view: View, study: Study, past: Past) -> dict[str, Any]:
         """Return the next point of a study with several directions; all values of a trial are told at once."""
         from adasearch.search.several import Told, next_point
 
-        pending, known = others
+        scored, (number, _) = past.scored, past.turn
         signs = np.array([-1.0 if way == StudyDirection.MINIMIZE else 1.0 for way in study.directions])
         names = sorted({name for trial in scored for name in trial.constraints})
         told = Told(
@@ -233,15 +242,28 @@ class BoTorchSampler(BaseSampler):
             variances=np.column_stack([_variances(scored), _cost_variances(scored, study)]),
             # a trial of another study may lack a constraint: that it keeps it is not known
             constraints=np.array([[t.constraints.get(name, 1.0) for name in names] for t in scored]),
-            pending=tuple(t.params for t in pending),
-            known=frozenset(known),
+            pending=tuple(t.params for t in past.pending),
+            known=frozenset(past.known),
         )
         seed = derived_seed(self._seed, number, "candidates")
-        return next_point(view, told, lambda parents: _candidates(view, parents, known, seed, 2.0), seed)
+        return next_point(view, told, lambda parents: _candidates(view, parents, past.known, seed, 2.0), seed)
 
     def _fallen_back(self, study: Study, trial: FrozenTrial) -> dict[str, Any]:
         sampler = TPESampler(seed=derived_seed(self._seed, trial.number, "tpe"), n_startup_trials=1)
         return sampler.sample_relative(study, trial, sampler.infer_relative_search_space(study, trial))
+
+
+def quasi_random(view: View, known: set[str], index: int, seed: int) -> dict[str, Any]:
+    """Return point `index` of a scrambled Sobol sequence, or the next one that is not `known` if there is one soon."""
+    sequence = qmc.Sobol(len(view.encoding.parameters), scramble=True, seed=seed)
+    if index:  # SciPy refuses to skip nothing
+        sequence.fast_forward(index)
+    first = params = view.encoding.from_units(sequence.random(1)[0])
+    for _ in range(TRIES):
+        if view.key(params) not in known:
+            return params
+        params = view.encoding.from_units(sequence.random(1)[0])
+    return first
 
 
 def region_length(scores: np.ndarray, num_parameters: int) -> float:
@@ -290,7 +312,7 @@ def _nearby(encoding: Encoding, params: dict[str, Any], length: float, rng: np.r
 
 
 def _candidates(
-    view: _View, parents: list[dict[str, Any]], known: set[str], seed: int, region: float
+    view: View, parents: list[dict[str, Any]], known: set[str], seed: int, region: float
 ) -> list[dict[str, Any]]:
     """Return quasi-random points and neighbours of the best, without repetition, new ones if there are any."""
     rng = np.random.default_rng(seed)
@@ -311,7 +333,8 @@ def _is_scored(trial: FrozenTrial, search_space: dict[str, BaseDistribution]) ->
     return complete and all(map(math.isfinite, trial.values)) and search_space.keys() <= trial.params.keys()
 
 
-def _value(trial: FrozenTrial) -> float:
+def value_of(trial: FrozenTrial) -> float:
+    """Return the value of a finished trial, the first of several."""
     return float(trial.values[0])
 
 

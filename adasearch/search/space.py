@@ -16,8 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +34,10 @@ from adasearch.search.parameters import CategoricalParameter, Encoding, Paramete
 from adasearch.sections import OwnBudget
 
 _SECTIONS: dict[str, type] = {"calibration": CalibrationConfig, "units": UnitsConfig, "budget": OwnBudget}
+MANY_POINTS = 4096
+"""Points up to which a space is counted exactly."""
 MANY_COLUMNS = 24
-"""Feature columns above which the surrogate learns slowly; `adasearch validate` says so."""
+"""Feature columns above which the surrogate needs more trials than such searches have; `adasearch validate` says so."""
 
 
 class _NotExpressibleError(Exception):
@@ -173,6 +178,21 @@ class Space:
     def point_key(self, params: Mapping[str, Any]) -> str:
         """Return a text that two points share exactly if their active parameters are equal."""
         return json.dumps({name: params.get(name) for name in sorted(self.active(params))})
+
+    @functools.cached_property
+    def num_points(self) -> float:
+        """Return how many points differ in an active parameter; infinity above `MANY_POINTS` combinations of values."""
+        if math.prod(parameter.size for parameter in self.parameters.values()) > MANY_POINTS:
+            return math.inf
+        grid = itertools.product(*(parameter.values() for parameter in self.parameters.values()))
+        points = (dict(zip(self.parameters, items, strict=True)) for items in grid)
+        return len({self.point_key(params) for params in points})
+
+    def exhausted(self, points: Iterable[Mapping[str, Any]]) -> str | None:
+        """Return why a search has nothing left to try where `points` are known, None while there are others."""
+        if math.isinf(self.num_points) or len({self.point_key(p) for p in points}) < self.num_points:
+            return None
+        return f"all {self.num_points:g} points of the space have been tried"
 
     def features(self, params: Mapping[str, Any]) -> np.ndarray:
         """Return the features (d float64, in [0, 1]) of a point; see `Encoding`."""
@@ -410,6 +430,9 @@ def _never_active(space: Space, dimension: Dimension, middle: dict[str, Any]) ->
     types = sorted({space._types(params)[dimension.section] for params in _seats(space, dimension, middle)})
     named = f"{dimension.section} is only ever {', '.join(types)}"
     if dimension.type is None:
-        known = sorted({option for name in types for option in _option_names(dimension.section, name)})
-        return f"unknown setting {dimension.keys[0]!r}: {named}; {nearest(dimension.keys[0], known)}"
+        known = {option for name in types for option in _option_names(dimension.section, name)}
+        below = len(dimension.keys) > 1  # the first may be meant for an entry
+        known |= {*COMPONENTS[dimension.section].names()} if below else set()
+        kind = "entry or setting" if below else "setting"
+        return f"unknown {kind} {dimension.keys[0]!r}: {named}; {nearest(dimension.keys[0], known)}"
     return f"is never active: {named}; add {dimension.type} to the choices of {dimension.section}, or set it in trial"

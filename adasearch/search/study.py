@@ -7,6 +7,7 @@ again from the records, and from ``proposal.json`` in each trial's folder.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -37,7 +38,7 @@ from adasearch.records import (
     trial_folder,
     write_atomically,
 )
-from adasearch.search import lease
+from adasearch.search import lease, telling
 from adasearch.search.belief import Scored, expected_gain
 from adasearch.search.earlier import freeze
 from adasearch.search.executor import printable
@@ -45,9 +46,8 @@ from adasearch.search.noise import Consensus
 from adasearch.search.notes import study_note, trial_note
 from adasearch.search.outcomes import Asked, Proposed, lag_of, settled
 from adasearch.search.sampler import NOISE, RECIPE, STDERR, distributions
-from adasearch.search.samplers import MODELLED, make_sampler
+from adasearch.search.samplers import MODELLED, choose, make_sampler
 from adasearch.search.space import Space
-from adasearch.sections import ObjectiveConfig
 
 if TYPE_CHECKING:
     from adasearch.search.prior import Prior
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _NAME, _FINGERPRINT = "study.db", "fingerprint"
 GAIN = "expected gain"
-CONSTRAINTS = "constraints"
 _FOLDER = re.compile(r"^(\d+)-(\d+)$")
 _BUSY_SECONDS = 60.0
 
@@ -112,13 +111,14 @@ def check_owner(run: Path, config: StudyConfig, sections: tuple[str, ...] = SEAR
 
 
 class SearchStudy:
-    """An open study; made by `open_study` and `rebuild`."""
+    """An open study; made by `open_study` and `rebuild`. `sampler` is what proposes its trials, and why."""
 
     def __init__(self, run: Path, config: StudyConfig, space: Space) -> None:
         self._run = run
         self._config = config
         self._space = space
         self._distributions = distributions(space)
+        self.sampler = choose(config, space)
         self._path = run / _NAME
         self._earlier = freeze(config, space, run)
         for earlier in self._earlier:
@@ -137,7 +137,10 @@ class SearchStudy:
             names = optuna.get_all_study_names(storage)
             name = names[0] if names else self._config.name
             study = optuna.create_study(
-                study_name=name, storage=storage, directions=directions(self._config.objective), load_if_exists=True
+                study_name=name,
+                storage=storage,
+                directions=telling.directions(self._config.objective),
+                load_if_exists=True,
             )
         except (RuntimeError, ValueError) as error:
             raise StorageError(f"{self._path}: is no study of this version: {printable(str(error))}") from error
@@ -145,7 +148,7 @@ class SearchStudy:
         if held is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                study.set_metric_names(metric_names(self._config.objective))
+                study.set_metric_names(telling.metric_names(self._config.objective))
             study.set_user_attr("model", self._config.model.name)
             study.set_user_attr("remove", self._config.budget.remove)
             study.set_user_attr(_FINGERPRINT, self._config.fingerprint)
@@ -185,11 +188,12 @@ class SearchStudy:
         start = self._start(before) if self._prior else None
         if start is not None:
             return Proposed(params=start, gain=None)
-        sampler = make_sampler(self._config.sampler, self._space, self._config.seed, len(before), self._prior)
+        settings = dataclasses.replace(self._config.sampler, type=self.sampler.type)
+        sampler = make_sampler(settings, self._space, self._config.seed, len(before), self._prior)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            copy = optuna.create_study(directions=directions(self._config.objective), sampler=sampler)
-            copy.set_metric_names(metric_names(self._config.objective))
+            copy = optuna.create_study(directions=telling.directions(self._config.objective), sampler=sampler)
+            copy.set_metric_names(telling.metric_names(self._config.objective))
             copy.add_trials(before)
             params = dict(copy.ask(self._distributions).params)
         return Proposed(params=params, gain=self._gain(before, params))
@@ -242,13 +246,13 @@ class SearchStudy:
             if frozen.state.is_finished():
                 return
             trial = self._handle(frozen)
-            for key, item in {**_attributes(record), **self._noise(record)}.items():
+            for key, item in {**telling.attributes(record), **self._noise(record)}.items():
                 trial.set_user_attr(key, item)
             save_note(trial, trial_note(record, dense))
             self._upload(frozen, trial_folder(self._run, record.number, record.attempt))
-            self._report_rungs(trial, record)
-            self._constrain(frozen, record)
-            values = told_values(self._config.objective, record.result) if record.result else None
+            telling.report_rungs(trial, record)
+            telling.constrain(self._study, frozen, self._config.objective, record)
+            values = telling.values(self._config.objective, record.result) if record.result else None
             state = TrialState.FAIL if values is None else TrialState.COMPLETE
             self._study.tell(record.number, values, state=state, skip_if_finished=True)
         self._count_in(record.number, record.attempt, full=bool(record.result and not record.result.stopped))
@@ -305,32 +309,6 @@ class SearchStudy:
         # the only way to a live handle of a trial that another process asked for
         return optuna.Trial(self._study, frozen._trial_id)
 
-    def _constrain(self, frozen: optuna.trial.FrozenTrial, record: Record) -> None:
-        """Tell how far a trial is beyond each hard limit, whatever came of it: a GP sampler fails where one is missing.
-
-        Under the key of Optuna 4, a list, which the samplers of Optuna 5 and the dashboard both read; the dashboard
-        does not know the key that `Trial.set_constraint` writes.
-        """
-        found = self._config.objective.violations(record.result.shares if record.result else {})
-        if found:
-            storage = self._study._storage
-            storage.set_trial_system_attr(frozen._trial_id, CONSTRAINTS, list(found.values()))
-
-    @staticmethod
-    def _report_rungs(trial: optuna.Trial, record: Record) -> None:
-        """Tell the rungs as intermediate values, higher is better: a divergence is told with the other sign.
-
-        With several objectives Optuna takes no intermediate values; there they are an attribute.
-        """
-        rungs = record.result.rungs if record.result else ()
-        if len(trial.study.directions) > 1:
-            trial.set_user_attr("rungs", {str(rung.step): rung.merit for rung in rungs})
-            return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a driver that was killed while telling has told some of them
-            for rung in rungs:
-                trial.report(rung.merit, rung.step)
-
     def _upload(self, frozen: optuna.trial.FrozenTrial, folder: Path) -> None:
         storage = self._study._storage
         there = {
@@ -343,46 +321,6 @@ class SearchStudy:
             if name not in there and (folder / name).exists():
                 file = str(folder / name)
                 upload_artifact(artifact_store=self._artifacts, file_path=file, study_or_trial=frozen, storage=storage)
-
-
-def directions(objective: ObjectiveConfig) -> list[str]:
-    """Return what Optuna is to do with each value: the score goes up, the costs beside it go down."""
-    return ["maximize", *("minimize" for _ in objective.also)]
-
-
-def metric_names(objective: ObjectiveConfig) -> list[str]:
-    """Return what each value is called."""
-    return [f"{objective.metric}, mean of the search tasks", *map(_metric, objective.also)]
-
-
-def _metric(cost: str) -> str:
-    return f"{cost}, fraction of dense"
-
-
-def told_values(objective: ObjectiveConfig, result: TrialResult) -> list[float]:
-    """Return the values of a trial in the order of `directions`: its score, then costs as fractions of the dense."""
-    return [result.score, *(result.shares[cost] for cost in objective.also)]
-
-
-def _attributes(record: Record) -> dict[str, Any]:
-    """Return what the dashboard shows in columns; `STDERR` is also what the sampler takes the noise from."""
-    if record.result is None:
-        assert record.failure is not None
-        return {"state": "failed", "attempt": record.attempt, "failure": plain(record.failure)}
-    result = record.result
-    early: dict[str, Any] = {rung.kind: rung.value for rung in result.rungs if rung.kind != "recovered"}
-    return {
-        **early,
-        STDERR: result.stderr,
-        **{f"{STDERR} {_metric(cost)}": spread for cost, spread in result.spreads.items()},
-        **{_metric(cost): round(share, 5) for cost, share in result.shares.items()},
-        "state": "stopped" if result.stopped else "done",
-        "attempt": record.attempt,
-        "parameters": result.parameters,
-        "items": result.items,
-        "seconds": round(sum(result.seconds.values()), 2),
-        "tasks": {task.task: round(task.acc, 4) for task in result.tasks},
-    }
 
 
 def open_study(run: Path, config: StudyConfig, space: Space) -> SearchStudy:

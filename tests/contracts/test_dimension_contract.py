@@ -13,6 +13,7 @@ EXAMPLES = {
     "choice": [{"choices": [1, "a", None, {"type": "lora"}]}, {"choices": [4]}],
     "int": [{"range": [8, 128], "log": True}, {"range": [-4, 5], "step": 3}],
     "float": [{"range": [1e-5, 1e-3], "log": True}, {"range": [-1.0, 1.0]}],
+    "layer_levels": [{"layers": 3}, {"layers": 2, "levels": 5, "attention": False}],
     "layer_profile": [{"terms": 5}, {"mlp": 3, "attention": 2, "bound": 0.7}],
 }
 CASES = [(kind, domain) for kind, domains in EXAMPLES.items() for domain in domains]
@@ -51,6 +52,7 @@ class TestDimensionContract:
 
     def test_what_is_outside_is_refused_with_a_reason(self, kind, domain):
         entry, options, _ = self.made(kind, domain)
-        outside = {"layer_profile": {"mlp": [99.0]}}.get(kind, "elsewhere")
-        with pytest.raises(ValueError, match="is"):
-            entry.facts["encode"](outside, "a.path", options)
+        profiles = [{"mlp": [99.0]}, {"mlp": [99.0, 0.0, 0.0], "attention": [0.0] * 3}]
+        for outside in profiles if kind.startswith("layer_") else ["elsewhere"]:
+            with pytest.raises(ValueError, match=r"is|has"):
+                entry.facts["encode"](outside, "a.path", options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
+import math
 import os
 import signal
 import sqlite3
@@ -20,10 +21,10 @@ from adasearch import records as records_module
 from adasearch.config import SpaceConfig
 from adasearch.errors import ConfigError, NoTrialError, StorageError
 from adasearch.racing import RacingConfig, in_control
-from adasearch.records import DENSE, read_record, read_records
+from adasearch.records import DENSE, Record, read_record, read_records
 from adasearch.search import outcomes
 from adasearch.search import study as study_module
-from adasearch.search.executor import InProcessExecutor
+from adasearch.search.executor import InProcessExecutor, Outcome
 from adasearch.sections import ClusterConfig, LimitsConfig, SamplerConfig
 from tests.search.synthetic import Faults, Stop, ThreadExecutor, factory, make_study, search, table, told
 
@@ -243,16 +244,61 @@ def test_a_full_disk_stops_the_search_and_leaves_it_to_be_gone_on_with(tmp_path,
 
 
 def test_equal_configurations_are_run_once(tmp_path):
-    space = SpaceConfig(name="small", dimensions={"importance": {"choice": ["taylor", "obs"]}})
-    study = make_study(space=space, sampler=SamplerConfig(type="random"), trials=6)
+    lines = {"importance": {"choice": ["taylor", "obs"]}, "calibration.draw": {"int": [0, 3]}}
+    study = make_study(
+        space=SpaceConfig(name="small", dimensions=lines), sampler=SamplerConfig(type="random"), trials=9
+    )
     log = tmp_path / "log"
     found = search(study, tmp_path / "run", Faults(log=str(log)))
-    assert len(found) == 7
-    assert len(log.read_text().split()) == 3
+    assert len(found) == 10
     again = [r for r in found if r.result.notes.get("same_trial_as") is not None]
-    assert len(again) == 4
+    assert 2 <= len(again) <= 6
+    assert len(log.read_text().split()) == 10 - len(again)
     assert {r.result.score for r in again} <= {r.result.score for r in found if r not in again}
     assert (tmp_path / "run" / "trials" / f"{again[0].number}-1" / "items.npz").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_search_ends_when_every_point_of_its_space_has_been_tried(tmp_path, workers):
+    lines = {"importance": {"choice": ["taylor", "obs"]}, "importance.taylor.grain": {"choice": ["element", "vector"]}}
+    study = make_study(
+        space=SpaceConfig(name="tiny", dimensions=lines),
+        sampler=SamplerConfig(type="evolution", startup=2),
+        trials=20,
+        recipes={},
+        cluster=ClusterConfig(workers=workers),
+    )
+    seen, log = [], tmp_path / "log"
+    found = search(study, tmp_path / "run", Faults(log=str(log), always={1: "error"}), observer=seen.append)
+    assert [r.number for r in found] == [DENSE, 0, 1, 2]
+    assert len({str(r.config["importance"]) for r in found[1:]}) == 3
+    assert told(tmp_path / "run")[1] == (1, "FAIL")
+    assert sum((s.last or "").startswith("the search ends after 3 of 20 trials: all 3 points") for s in seen) == 1
+    assert (seen[-1].total, seen[-1].done) == (3, 3)
+    assert table(search(study, tmp_path / "run", Faults(log=str(log)))) == table(found)
+    assert len(log.read_text().split()) == 4
+
+
+def test_a_search_says_once_what_proposes_and_why(tmp_path):
+    seen = []
+    search(make_study(trials=3, sampler=SamplerConfig(startup=3)), tmp_path, observer=seen.append)
+    lines = [s.last for s in seen if (s.last or "").startswith("sampler: ")]
+    assert lines == ["sampler: botorch (3 trials of 15 features: a model of the score and its noise)"]
+
+
+@pytest.mark.parametrize(("score", "stderr"), [(math.inf, 0.1), (-math.inf, 0.1), (math.nan, 0.1), (0.5, math.nan)])
+def test_a_score_that_is_no_number_is_a_failure_with_its_reason(tmp_path, score, stderr):
+    result = dataclasses.replace(search(make_study(trials=1), tmp_path / "run")[1].result, score=score, stderr=stderr)
+    asked = outcomes.Asked(number=5, params={}, recipe=None, told=False)
+    given = Record(
+        number=5, attempt=1, recipe=None, config=None, result=result, failure=None, environment={"host": "here"}
+    )
+    outcome = Outcome(key="5-1", value=given, failure=None)
+    found = outcomes.sound_record(tmp_path, asked, 1, None, outcome)
+    assert found.result is None
+    assert found.failure.kind == "nan"
+    assert f"{score} ± {stderr}" in found.failure.message
+    assert read_record(tmp_path / "trials" / "5-1") == found
 
 
 def test_a_trial_races_against_the_best_one_told_when_it_was_asked(tmp_path):

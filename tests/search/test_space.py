@@ -137,6 +137,16 @@ def test_an_option_that_only_some_entries_have_is_active_only_there():
         ({"importance.taylor.gran": {"choice": ["element"]}}, "space.importance.taylor.gran", "did you mean 'grain'"),
         ({"recovery.rank": {"int": [1, 4]}}, "space.recovery.rank", "recovery is only ever none"),
         ({"importance.taylor.grain": {"choice": ["element"]}}, "space.importance.taylor.grain", "never active"),
+        ({"importance.taylr.grain": {"choice": ["element"]}}, "space.importance.taylr.grain", "did you mean 'taylor'"),
+        ({"importance.nosuch.grain": {"choice": ["element"]}}, "space.importance.nosuch.grain", "known: obs, taylor"),
+        ({"importance": {"choice": []}}, "space.importance.choice", "at least one value"),
+        ({"calibration.samples": {"float": [0.2, 0.1]}}, "space.calibration.samples.float", "low <= high"),
+        ({"allocation.layer_profile": {"layer_levels": {}}}, "space.allocation.layer_profile.layer_levels", "layers"),
+        (
+            {"allocation.layer_profile": {"layer_levels": {"layers": 3, "levels": 1}}},
+            "space.allocation.layer_profile.layer_levels.levels",
+            "greater than or equal to 2",
+        ),
         ({"calibration.samples": {"int": [0, 4]}}, "space.calibration.samples", "greater than or equal to 1"),
         ({"calibration.samples": {"int": [9, 4]}}, "space.calibration.samples.int", "low <= high"),
         ({"calibration.samples": {"int": [0, 4], "log": True}}, "space.calibration.samples.int", "start at 1"),
@@ -152,6 +162,31 @@ def test_errors_name_the_line(dimensions, where, problem):
         space_of(dimensions)
     assert caught.value.where == where
     assert problem in str(caught.value)
+
+
+@pytest.mark.usefixtures("fakes")
+@pytest.mark.parametrize(("dimensions", "number"), [
+    ({"importance": {"choice": ["taylor", "obs"]}, "importance.taylor.grain": {"choice": ["element", "vector"]}}, 3),
+    ({"calibration.samples": {"int": [8, 40], "log": True}, "calibration.length": {"int": [8, 32], "step": 8}}, 132),
+    ({"calibration.samples": {"int": [8, 8]}, "importance": {"choice": ["obs"]}}, 1),
+    ({"importance": {"choice": ["taylor"]}, "importance.taylor.power": {"float": [0.5, 0.5]}}, 1),
+    ({"importance": {"choice": ["taylor"]}, "importance.taylor.power": {"float": [0.5, 0.6]}}, np.inf),
+    ({"allocation.layer_profile": {"layer_levels": {"layers": 20}}}, np.inf),
+])  # fmt: skip
+def test_points_are_counted_by_what_has_an_effect(dimensions, number):
+    assert space_of(dimensions).num_points == number
+
+
+@pytest.mark.usefixtures("fakes")
+def test_a_space_is_exhausted_when_every_point_is_known():
+    space = space_of(
+        {"importance": {"choice": ["taylor", "obs"]}, "importance.taylor.grain": {"choice": ["element", "vector"]}}
+    )
+    points = [{"importance": i, "importance.taylor.grain": g} for i, g in (("taylor", "element"), ("obs", "element"))]
+    assert space.exhausted(points) is None
+    assert space.exhausted([*points, {**points[1], "importance.taylor.grain": "vector"}]) is None  # the same trial
+    last = {"importance": "taylor", "importance.taylor.grain": "vector"}
+    assert space.exhausted([*points, last]) == "all 3 points of the space have been tried"
 
 
 @pytest.mark.usefixtures("fakes")

@@ -3,7 +3,8 @@
 An entry is ``shape(context: AllocationContext, options) -> dict[str, float]``: the relative pruning ratio (fraction of
 units removed, >= 0, free of scale) of each group by name. `projection.project` scales it onto the budget; a group of
 ratio 0 stays dense. Its fact `needs` is a function ``options -> frozenset[str]``: the families of `Statistics` read.
-A fact `equal_widths` (options -> bool), where there is one, says whether all layers shall end equally wide.
+A fact `equal_widths` (options -> bool), where there is one, says whether all layers shall end equally wide. A fact
+`layers` (options -> dict[str, int]) says which settings hold a value for each layer of the dense model, and how many.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adasearch.config import Component
+from adasearch.documents import join
+from adasearch.errors import ConfigError
 from adasearch.pruning.projection import removal
 from adasearch.pruning.statistics import Statistics
 from adasearch.pruning.structure import ModelStructure
@@ -82,12 +85,26 @@ def aimed(budget: BudgetConfig, component: Component) -> BudgetConfig:
     return dataclasses.replace(budget, uniform=True) if equal else budget
 
 
+def check(component: Component, layers: int, where: str) -> None:
+    """Make sure that what an allocator is told of each layer suits a model of so many `layers`.
+
+    Raises:
+        ConfigError: a setting holds more or fewer values; names its key below `where`.
+    """
+    facts = ALLOCATION.get(component.type).facts
+    for name, count in facts["layers"](component.options).items() if "layers" in facts else ():
+        if count != layers:
+            problem = f"must hold one ratio for each of the model's {layers} layers, given {count}"
+            raise ConfigError(join(where, name), problem)
+
+
 def shape(context: AllocationContext, component: Component) -> dict[str, float]:
     """Return the relative pruning ratio of every group by name, as the allocator called `component.type` sees it.
 
     Raises:
-        ConfigError: the options leave too little to prune in this model.
+        ConfigError: the options leave too little to prune in this model, or are made for another number of layers.
     """
+    check(component, context.structure.dense.layers, f"allocation.{component.type}")
     ratios: dict[str, float] = ALLOCATION.get(component.type).function(context, component.options)
     names = {group.name for group in context.structure.groups}
     assert set(ratios) == names, f"{component.type} must give each group a ratio"
