@@ -118,8 +118,7 @@ def _thinned(data: Observations) -> Observations:
     best = set(np.argsort(-data.scores, kind="stable")[:_KEPT_BEST].tolist())
     latest = [i for i in range(n - 1, -1, -1) if i not in best][: MAX_POINTS - _KEPT_BEST]
     keep = sorted([*best, *latest])
-    known = {"points": data.points[keep], "scores": data.scores[keep], "variances": data.variances[keep]}
-    return dataclasses.replace(data, **known)
+    return dataclasses.replace(data, points=data.points[keep], scores=data.scores[keep], variances=data.variances[keep])
 
 
 def fit(data: Observations) -> SingleTaskGP:
