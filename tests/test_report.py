@@ -485,3 +485,12 @@ class TestPictures:
         svg = pictures.scatter([point], names=("x", "y"), dense=0.5, staircase=True)
         assert "nan" not in svg
         assert "&lt;a&gt;" in svg
+
+
+def test_the_report_says_how_far_earlier_runs_were_believed() -> None:
+    made = study()
+    found = report.Findings(
+        study=made, records=(), dense_record=None, dense=None, finals=(), best=None, recipe=None, versus_dense=None,
+        versus_recipe=None, importance={}, importance_note="", earlier=("runs/<a>: weight 0.60, all of use",),
+    )  # fmt: skip
+    assert "runs/&lt;a&gt;: weight 0.60" in report_html.page(found, Path("run"))

@@ -51,7 +51,8 @@ def source_mean(points: np.ndarray, scores: np.ndarray, variances: np.ndarray) -
     def expected(at: Tensor) -> Tensor:
         covariance: Tensor = model.covar_module(at, x).to_dense()
         mean: Tensor = model.mean_module(at)
-        return mean + covariance @ alpha
+        shift: Tensor = covariance @ alpha
+        return mean + shift
 
     return expected
 

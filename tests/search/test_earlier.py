@@ -215,3 +215,14 @@ def test_a_search_with_a_prior_differs_from_one_without(tmp_path):
     with_prior = later(make_run(tmp_path / "a", count=10), trials=6, sampler=sampler)
     without = make_study(trials=6, sampler=sampler)
     assert table(search(with_prior, tmp_path / "b")) != table(search(without, tmp_path / "c"))
+
+
+def test_a_run_says_how_far_it_believes_the_earlier_one(tmp_path):
+    from adasearch.search.prior import weights_lines
+
+    study = later(make_run(tmp_path / "a", count=30))
+    run = make_run(tmp_path / "b", study, count=12, seed=5)
+    (line,) = weights_lines(run, study)
+    assert line.startswith(f"{tmp_path / 'a'}: weight ")
+    assert float(line.split("weight ")[1].split(",")[0]) > 0.5
+    assert weights_lines(run, make_study()) == []
