@@ -105,6 +105,21 @@ def test_a_latency_tells_a_large_model_from_a_small_one(bench):
     assert same.seconds > 0
 
 
+def test_odd_addresses_are_left_behind_and_all_else_is_shared():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8, bias=False))
+    odd = torch.randn(8 * 8 + 2)[2:].view(8, 8)
+    assert odd.data_ptr() % 64
+    model[0].weight = torch.nn.Parameter(odd)
+    tied = torch.nn.Sequential(model, model[0])
+    found = costs.aligned(tied)
+    assert all(p.data_ptr() % 64 == 0 for p in found.parameters())
+    assert found[1].weight is found[0][0].weight
+    assert found[0][1].weight is model[1].weight
+    assert model[0].weight.data_ptr() == odd.data_ptr()
+    x = torch.randn(3, 8)
+    assert torch.equal(found(x), tied(x))
+
+
 def test_one_disturbed_pass_moves_a_latency_little(bench, monkeypatch):
     times = iter([9.0, 9.0, 1.0, 2.0, 2.0, 1.0, 50.0, 2.0, 2.0, 1.0, 1.0, 2.0])
     monkeypatch.setattr(costs, "_seconds", lambda *_: next(times))
