@@ -19,6 +19,7 @@ from typing import Any
 import optuna
 import yaml
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from optuna_dashboard import save_note
 from sqlalchemy.exc import SQLAlchemyError
@@ -262,9 +263,9 @@ class SearchStudy:
                 upload_artifact(artifact_store=self._artifacts, file_path=file, study_or_trial=frozen, storage=storage)
 
 
-def directions(objective: ObjectiveConfig) -> list[str]:
+def directions(objective: ObjectiveConfig) -> list[StudyDirection]:
     """Return what Optuna is to do with each value: the score goes up, the costs beside it go down."""
-    return ["maximize", *("minimize" for _ in objective.also)]
+    return [StudyDirection.MAXIMIZE, *(StudyDirection.MINIMIZE for _ in objective.also)]
 
 
 def metric_names(objective: ObjectiveConfig) -> list[str]:
