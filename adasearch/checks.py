@@ -23,7 +23,7 @@ from adasearch.search.earlier import Earlier, gather
 from adasearch.search.samplers import Choice, choose
 from adasearch.search.seeds import Seeds, find_seeds
 from adasearch.search.space import MANY_COLUMNS, Space
-from adasearch.sections import ClusterConfig
+from adasearch.sections import ClusterConfig, Cost
 from adasearch.tuning import tasks
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def units_in_play(study: StudyConfig) -> tuple[UnitsConfig, ...]:
 def budgets(study: StudyConfig) -> dict[float, str]:
     """Return every fraction that is to be removed, as far as study, trial, recipes and space name one, and its key."""
     own = {name: TrialConfig.from_dict(merged(study.trial, recipe), name) for name, recipe in study.recipes.items()}
-    named = [(study.budget.remove, "budget.remove")]
+    named: list[tuple[float | None, str]] = [(study.budget.remove, "budget.remove")]
     named.append((TrialConfig.from_dict(study.trial, "trial").budget.remove, "trial.budget.remove"))
     named += [(config.budget.remove, f"recipes.{name}.budget.remove") for name, config in own.items()]
     named += [(remove, "space.budget.remove") for remove in study.removes]
@@ -146,7 +146,10 @@ def _check_costs(study: StudyConfig, checked: Checked, where: str) -> None:
     slack = max(slack, max(group.step_cost for group in structure.groups))
     smallest = checked.smallest - slack
     cache = objective.latency_tokens * costs.cache_elements(shape, structure, {})
-    least = {"parameters": smallest / structure.parameters, "memory": smallest / (structure.parameters + cache)}
+    least: dict[Cost, float] = {
+        "parameters": smallest / structure.parameters,
+        "memory": smallest / (structure.parameters + cache),
+    }
     for cost, share in least.items():
         limit = objective.at_most.get(cost)
         if limit is not None and limit < share:

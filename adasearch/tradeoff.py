@@ -89,7 +89,8 @@ def tradeoff(objective: ObjectiveConfig, records: Sequence[Record], dense: Trial
     values = values_of(objective, kept)
     members = sorted(front(values), key=lambda i: (-values[i, 1], kept[i].number))
     chosen = [kept[i] for i in members]
-    knees, bargains = {}, {}
+    knees: dict[str, tuple[int, Knee]] = {}
+    bargains: dict[str, tuple[tuple[int, Bargain], ...]] = {}
     reference, against = _reference(kept, dense)
     for column, cost in enumerate(objective.also, start=1):
         pair = values[:, [0, column]]

@@ -16,7 +16,7 @@ from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolu
 from botorch.acquisition.multi_objective.objective import IdentityMCMultiOutputObjective
 from botorch.exceptions.errors import BotorchError
 from botorch.generation.gen import gen_candidates_scipy
-from botorch.models import ModelListGP
+from botorch.models.model_list_gp_regression import ModelListGP
 from botorch.sampling.normal import SobolQMCNormalSampler
 from botorch.utils.multi_objective.hypervolume import infer_reference_point
 from linear_operator.utils.errors import NanError, NotPSDError
@@ -197,9 +197,20 @@ def _ascended(gain: qLogNoisyExpectedHypervolumeImprovement, starts: np.ndarray,
 class View(Protocol):
     """How points are seen: their encoding, which of their parameters count, and what makes two equal."""
 
-    encoding: Encoding
-    active: Callable[[Params], Collection[str]]
-    key: Callable[[Params], str]
+    @property
+    def encoding(self) -> Encoding:
+        """How points are numbers."""
+        ...
+
+    @property
+    def active(self) -> Callable[[Params], Collection[str]]:
+        """Which parameters count at a point."""
+        ...
+
+    @property
+    def key(self) -> Callable[[Params], str]:
+        """What two points share exactly if they are the same trial."""
+        ...
 
 
 @value
