@@ -34,8 +34,8 @@ def swapped(
 ) -> dict[str, Any]:
     """Return a point in which some of the levels `names` are a step higher and as many a step lower: their sum stays.
 
-    As in EvoPress (arXiv 2410.14649, section 3) the number of swaps is the lesser of two uniform draws, here from 1 to
-    3, so that small moves are the commonest. Where no level can rise or none can fall, nothing moves.
+    The move of EvoPress (arXiv 2410.14649), DarwinLM and Tyr, 1 to 3 times: the lesser of two uniform draws, so that
+    small moves are the commonest. Where no level can rise or none can fall, nothing moves.
     """
     result = dict(params)
     for _ in range(min(rng.integers(1, MOST_SWAPS + 1, size=2))):

@@ -183,7 +183,8 @@ class BoTorchSampler(SpaceSampler):
     def informed(self, study: Study, trial: FrozenTrial, view: View, past: Past) -> dict[str, Any]:
         """Return the point that looks best under the model, or what TPE proposes where the model fails."""
         try:
-            return self._of_several(view, study, past) if len(study.directions) > 1 else self._modelled(view, past)
+            several = len(study.directions) > 1 or any(trial.constraints for trial in past.scored)
+            return self._of_several(view, study, past) if several else self._modelled(view, past)
         except ArithmeticError as error:
             _LOG.warning("trial %d is proposed by TPE, the model having failed: %s", trial.number, error)
             return self._fallen_back(study, trial)
@@ -230,7 +231,7 @@ class BoTorchSampler(SpaceSampler):
         return moved(ranked[0].index, ranked[0].features)
 
     def _of_several(self, view: View, study: Study, past: Past) -> dict[str, Any]:
-        """Return the next point of a study with several directions; all values of a trial are told at once."""
+        """Return the next point of a study with several directions, or limits; a trial's values are told at once."""
         from adasearch.search.several import Told, next_point
 
         scored, (number, _) = past.scored, past.turn

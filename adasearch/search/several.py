@@ -1,5 +1,7 @@
 """The next trial where several things count at once: by the volume that it is expected to add to the front.
 
+With one objective under constraints it is the one of the greatest expected improvement that keeps them.
+
 Shape legend: N observed points, M points running, Q candidates, d features in [0, 1], m objectives, c constraints.
 """
 
@@ -11,9 +13,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from botorch.acquisition.logei import qLogNoisyExpectedImprovement
 from botorch.acquisition.multi_objective import logei
 from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
 from botorch.acquisition.multi_objective.objective import IdentityMCMultiOutputObjective
+from botorch.acquisition.objective import LinearMCObjective
 from botorch.exceptions.errors import BotorchError
 from botorch.generation.gen import gen_candidates_scipy
 from botorch.models.model_list_gp_regression import ModelListGP
@@ -25,10 +29,11 @@ from torch import Tensor
 from adasearch.documents import value
 from adasearch.pareto import front, normalised, spread
 from adasearch.search.parameters import Encoding
-from adasearch.search.surrogate import MAX_POINTS, FitError, Observations, Proposal, fit
+from adasearch.search.surrogate import FitError, Observations, Proposal, fit
 
+MAX_POINTS = 300
 NUM_PARENTS = 8
-_DRAWS = {2: 64, 3: 32}
+_DRAWS = {1: 64, 2: 64, 3: 32}
 _LEAST_DRAWS = 16
 _NUM_STARTS = 4
 _ASCENT_STEPS = 30
@@ -38,6 +43,7 @@ _LEAST_ROOM = 0.1
 # and figures that depend on there being a compiler
 logei._load_attempted = True
 
+Gain = qLogNoisyExpectedImprovement | qLogNoisyExpectedHypervolumeImprovement
 Snap = Callable[[int, np.ndarray], np.ndarray]
 Params = dict[str, Any]
 
@@ -78,9 +84,10 @@ def propose_several(
 ) -> list[Proposal]:
     """Return the `num` best points, best first, by noisy expected hypervolume improvement over the front.
 
-    Daulton et al. 2021 (arXiv 2105.08195), in the logarithmic form of Ament et al. 2023 (arXiv 2310.20708), with one
-    Gaussian process for each objective and constraint (`surrogate.fit`). The reference point lies below the worst of
-    the observed front by a tenth of its range (Ishibuchi et al. 2011). The best candidates are moved uphill along their
+    Daulton et al. 2021 (arXiv 2105.08195), with one objective noisy expected improvement, both in the logarithmic form
+    of Ament et al. 2023 (arXiv 2310.20708), with one Gaussian process for each objective and constraint
+    (`surrogate.fit`). The reference point lies below the worst of the observed front by a tenth of its range (Ishibuchi
+    et al. 2011). The best candidates are moved uphill along their
     free columns, rounded by `snap`, and compared again, as `surrogate.propose` does it.
 
     Args:
@@ -137,7 +144,7 @@ def _standardised(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return columns.mean(0), np.where(spreads > 0, spreads, 1.0)
 
 
-def _acquisition(data: Results, seed: int) -> qLogNoisyExpectedHypervolumeImprovement:
+def _acquisition(data: Results, seed: int) -> Gain:
     m = data.objectives.shape[1]
     columns = np.hstack([data.objectives, data.constraints])
     if not np.isfinite(columns).all():
@@ -149,15 +156,21 @@ def _acquisition(data: Results, seed: int) -> qLogNoisyExpectedHypervolumeImprov
     ]
     means, spreads = _standardised(columns)
     thresholds = (-means / spreads)[m:].tolist()
+    known: dict[str, Any] = {
+        "model": ModelListGP(*models),
+        "X_baseline": torch.as_tensor(data.points, dtype=torch.float64),
+        "sampler": SobolQMCNormalSampler(torch.Size([_DRAWS.get(m, _LEAST_DRAWS)]), seed=seed % 2**31),
+        "constraints": [_bound(m + j, limit) for j, limit in enumerate(thresholds)] or None,
+        "X_pending": torch.as_tensor(data.pending, dtype=torch.float64) if len(data.pending) else None,
+        "prune_baseline": True,
+    }
+    if m == 1:
+        first = torch.eye(columns.shape[1], dtype=torch.float64)[0]
+        return qLogNoisyExpectedImprovement(objective=LinearMCObjective(first), **known)
     return qLogNoisyExpectedHypervolumeImprovement(
-        model=ModelListGP(*models),
         ref_point=_reference((data.objectives - means[:m]) / spreads[:m], data.feasible),
-        X_baseline=torch.as_tensor(data.points, dtype=torch.float64),
-        sampler=SobolQMCNormalSampler(torch.Size([_DRAWS.get(m, _LEAST_DRAWS)]), seed=seed % 2**31),
         objective=IdentityMCMultiOutputObjective(outcomes=list(range(m))),
-        constraints=[_bound(m + j, limit) for j, limit in enumerate(thresholds)] or None,
-        X_pending=torch.as_tensor(data.pending, dtype=torch.float64) if len(data.pending) else None,
-        prune_baseline=True,
+        **known,
     )
 
 
@@ -173,14 +186,14 @@ def _reference(objectives: np.ndarray, feasible: np.ndarray) -> Tensor:
     return torch.minimum(point, torch.as_tensor(known.min(0) - _LEAST_ROOM, dtype=torch.float64))
 
 
-def _evaluated(gain: qLogNoisyExpectedHypervolumeImprovement, points: np.ndarray) -> np.ndarray:
+def _evaluated(gain: Gain, points: np.ndarray) -> np.ndarray:
     """Return the acquisition value (Q) of each of Q×d points."""
     x = torch.as_tensor(points, dtype=torch.float64).unsqueeze(-2)
     with torch.no_grad():
         return torch.cat([gain(part) for part in torch.split(x, 64)]).numpy()
 
 
-def _ascended(gain: qLogNoisyExpectedHypervolumeImprovement, starts: np.ndarray, free: np.ndarray) -> np.ndarray:
+def _ascended(gain: Gain, starts: np.ndarray, free: np.ndarray) -> np.ndarray:
     """Return starts (S×d) moved uphill along their free columns, within [0, 1]."""
     if not free.any():
         return starts
@@ -266,11 +279,14 @@ def next_point(view: View, told: Told, make: Callable[[list[Params]], list[Param
 def parents(data: Results, num: int) -> list[int]:
     """Return the indices of the points whose neighbours are candidates: the front, spread by volume.
 
-    While nothing is feasible, the points that are least so.
+    While nothing is feasible, the points that are least so; with one objective the best ones.
     """
     if not data.feasible.any():
         beyond = np.maximum(data.constraints, 0.0).sum(1)
         return [int(i) for i in np.argsort(beyond, kind="stable")[:num]]
+    if data.objectives.shape[1] == 1:
+        kept = np.flatnonzero(data.feasible)
+        return [int(kept[i]) for i in np.argsort(-data.objectives[kept, 0], kind="stable")[:num]]
     members = data.front
     ends: Sequence[int] = [int(i) for i in np.argmax(data.objectives[members], axis=0)]
     return [int(members[i]) for i in spread(normalised(data.objectives[members]), ends, num)]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from adasearch.search.noise import Consensus
+from adasearch.search.noise import Consensus, paired_errors
 
 
 def values_of(trials=8, items=4000, seed=0, own=0.3):
@@ -52,3 +52,17 @@ def test_a_trial_of_fewer_items_does_not_spoil_the_consensus():
     two.add(first)
     two.add({task: x[:10] for task, x in second.items()})
     assert one.error(third) == two.error(third)
+
+
+def test_errors_of_many_trials_are_those_against_the_others():
+    trials = dict(enumerate(values_of(trials=6)))
+    stopped = {6: {task: x[:1000] for task, x in trials.pop(5).items()}}
+    found = paired_errors(trials, stopped)
+    assert set(found) == set(range(5)) | {6}
+    for number in range(5):
+        assert found[number] == pytest.approx(0.3 / np.sqrt(8000), rel=0.05)
+    assert found[6] == pytest.approx(0.3 / np.sqrt(2000), rel=0.1)
+
+
+def test_one_trial_alone_has_no_paired_error():
+    assert paired_errors({0: values_of(trials=1)[0]}, {}) == {}

@@ -9,7 +9,14 @@ from optuna.testing.pytest_samplers import BasicSamplerTestCase, RelativeSampler
 
 from adasearch.search import surrogate
 from adasearch.search.parameters import CategoricalParameter, FloatParameter, IntParameter
-from adasearch.search.sampler import BoTorchSampler, distributions, from_distribution, to_distribution
+from adasearch.search.sampler import (
+    BoTorchSampler,
+    distributions,
+    from_distribution,
+    paired_variances,
+    region_length,
+    to_distribution,
+)
 from adasearch.search.samplers import make_sampler
 from adasearch.sections import SamplerConfig
 from tests.search.synthetic import make_space, make_study, objective
@@ -117,3 +124,38 @@ def test_it_beats_random_search_on_the_synthetic_objective(space):
     seeds = range(3)
     modelled, random = ([best(kind, seed) for seed in seeds] for kind in ("botorch", "random"))
     assert np.mean(modelled) > np.mean(random) + 0.01
+
+
+class TestRegion:
+    """Where a search of many parameters looks for the next point."""
+
+    def test_few_parameters_are_searched_everywhere(self):
+        assert region_length(np.zeros(50), 24) == 2.0
+
+    def test_failures_shrink_it_and_successes_widen_it_again(self):
+        assert region_length(np.arange(30.0), 60) == 0.8
+        failing = np.concatenate([[1.0], np.zeros(15)])
+        assert region_length(failing, 60) == 0.4
+        assert region_length(np.concatenate([failing, [2.0, 3.0]]), 60) == 0.4
+        assert region_length(np.concatenate([failing, [2.0, 3.0, 4.0]]), 60) == 0.8
+
+    def test_it_starts_anew_when_it_is_too_small(self):
+        lengths = [region_length(np.concatenate([[1.0], np.zeros(15 * k)]), 60) for k in range(6)]
+        assert lengths == [0.8, 0.4, 0.2, 0.1, 0.05, 0.8]
+
+
+def test_a_trial_without_a_paired_error_takes_the_median():
+    assert paired_variances(np.array([np.nan, 0.1, 0.3, 0.2])).tolist() == pytest.approx([0.04, 0.01, 0.09, 0.04])
+    assert paired_variances(np.array([np.nan])).tolist() == [0.0]
+
+
+def test_what_moves_scores_against_each_other_counts_as_noise(space):
+    """A plain error is mostly common to all trials; a paired one is not."""
+    from adasearch.search import sampler
+
+    study = study_of(space, lambda number: BoTorchSampler(space, seed=1, startup=4), 4)
+    trials = study.get_trials()
+    assert sampler._variances(trials).tolist() == [0.0] * 4
+    for trial, error in zip(trials, (0.01, 0.02, 0.03), strict=False):
+        trial.user_attrs["paired_stderr"] = error
+    assert sampler._variances(trials).tolist() == pytest.approx([1e-4, 4e-4, 9e-4, 4e-4])

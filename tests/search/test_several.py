@@ -9,7 +9,7 @@ from adasearch.pareto import hypervolume
 from adasearch.search import several
 from adasearch.search.sampler import BoTorchSampler
 from adasearch.search.several import Results, parents, propose_several
-from adasearch.search.surrogate import MAX_POINTS, FitError
+from adasearch.search.surrogate import FitError
 
 REFERENCE = np.array([-0.2, -1.05])
 
@@ -133,7 +133,7 @@ def test_what_is_not_finite_is_a_fit_error():
 def test_many_points_are_thinned_to_the_front_and_the_latest():
     data = data_of(400)
     kept = several._thinned(data)
-    assert len(kept.points) == MAX_POINTS
+    assert len(kept.points) == several.MAX_POINTS
     rows = {tuple(row) for row in kept.objectives}
     assert all(tuple(data.objectives[i]) in rows for i in data.front)
     assert tuple(data.objectives[-1]) in rows
@@ -154,3 +154,18 @@ def test_a_study_of_several_directions_is_sampled_and_limits_are_kept():
     random = objectives_of(np.array([list(t.params.values()) for t in study.trials[:5]]))
     later = objectives_of(np.array([list(t.params.values()) for t in study.trials]))
     assert hypervolume(later, REFERENCE) > hypervolume(random, REFERENCE)
+
+
+def test_one_objective_under_a_limit_is_improved_within_it():
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(direction="maximize", sampler=BoTorchSampler(seed=1, startup=5))
+    for _ in range(11):
+        trial = study.ask()
+        x = np.array([trial.suggest_float(name, 0, 1) for name in "ab"])
+        trial.set_constraint("cost", x[0] - 0.5)
+        trial.set_user_attr("stderr", 0.001)
+        study.tell(trial, float(-((x - 0.8) ** 2).sum()))
+    later = study.trials[5:]
+    assert np.mean([t.params["a"] <= 0.55 for t in later]) > 0.6
+    best = max((t for t in study.trials if t.params["a"] <= 0.5), key=lambda t: t.value)
+    assert best.value > -0.13  # -0.09 is the best within the limit, 0 beyond it
