@@ -133,15 +133,11 @@ def budgets(study: StudyConfig) -> dict[float, str]:
 
 
 def _check_costs(study: StudyConfig, checked: Checked, where: str) -> None:
-    """Refuse objectives that no trial, or no sampler, can serve.
+    """Refuse objectives that no trial can serve.
 
     Memory counts with the weights alone, which are the least that a model holds; a latency is known once measured.
     """
-    objective, sampler = study.objective, study.sampler.type
-    if objective.several and sampler in {"cmaes", "evolution"}:
-        problem = f"must be one that takes several objectives (objective.also), given {sampler!r}; botorch does"
-        raise ConfigError(join(where, "sampler.type"), problem)
-    structure, shape = checked.structure, checked.shape
+    objective, structure, shape = study.objective, checked.structure, checked.shape
     slack = sum(group.step_cost for group in structure.groups) if study.budget.uniform else 0
     slack = max(slack, max(group.step_cost for group in structure.groups))
     smallest = checked.smallest - slack

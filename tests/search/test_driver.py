@@ -273,7 +273,7 @@ def test_a_search_ends_when_every_point_of_its_space_has_been_tried(tmp_path, wo
     assert [r.number for r in found] == [DENSE, 0, 1, 2]
     assert len({str(r.config["importance"]) for r in found[1:]}) == 3
     assert told(tmp_path / "run")[1] == (1, "FAIL")
-    assert sum((s.last or "").startswith("the search ends after 3 of 20 trials: all 3 points") for s in seen) == 1
+    assert sum((s.last or "").startswith("the search ended after 3 of 20 trials: all 3 points") for s in seen) == 1
     assert (seen[-1].total, seen[-1].done) == (3, 3)
     assert table(search(study, tmp_path / "run", Faults(log=str(log)))) == table(found)
     assert len(log.read_text().split()) == 4

@@ -20,7 +20,7 @@ from tests.search.synthetic import Stop, ThreadExecutor, factory, make_space, ma
 
 pytestmark = pytest.mark.usefixtures("fakes")
 
-TRIALS = 18
+TRIALS = 24
 
 
 def study_of(workers=1, **changes):

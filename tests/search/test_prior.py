@@ -11,7 +11,7 @@ import torch
 from adasearch.search.earlier import Earlier
 from adasearch.search.prior import Prior, source_mean
 from adasearch.search.stacking import DEFAULT_WEIGHT
-from adasearch.search.surrogate import Observations, fit, propose
+from adasearch.search.surrogate import Candidates, Observations, fit, propose
 from benchmarks.warm_start import extra, measure, needed
 
 D = 4
@@ -127,7 +127,8 @@ def test_the_model_of_the_search_starts_from_the_mean(prior):
     informed = dataclasses.replace(data, expected=mean)
     assert agreement(informed) > max(0.95, agreement(data))
     candidates = np.random.default_rng(3).random((100, D))
-    best = propose(informed, candidates, np.full(candidates.shape, True), lambda i, row: row, 0, 1)[0].features
+    where = Candidates(points=candidates, free=np.full(candidates.shape, True), snap=lambda i, row: row)
+    best = propose(informed, where, 0, 1)[0].features
     assert np.abs(best - 0.3).max() < 0.25
 
 

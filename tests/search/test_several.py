@@ -143,7 +143,7 @@ def test_a_study_of_several_directions_is_sampled_and_limits_are_kept():
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(directions=["maximize", "minimize"], sampler=BoTorchSampler(seed=1, startup=5))
     study.set_metric_names(["score", "cost"])
-    for _ in range(8):
+    for _ in range(12):
         trial = study.ask()
         x = np.array([[trial.suggest_float(name, 0, 1) for name in "abc"]])
         score, cost = objectives_of(x)[0]
