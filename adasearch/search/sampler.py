@@ -359,7 +359,8 @@ def paired_variances(errors: np.ndarray) -> np.ndarray:
     A trial that has none, nan, takes the median: the first one told has no other to be paired with.
     """
     known = np.isfinite(errors)
-    return np.square(np.where(known, errors, np.median(errors[known]) if known.any() else 0.0))
+    filled: np.ndarray = np.where(known, errors, np.median(errors[known]) if known.any() else 0.0)
+    return filled * filled
 
 
 def _positive(error: Any) -> float:

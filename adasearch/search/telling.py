@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import optuna
+from optuna.study import StudyDirection
 
 from adasearch.config import TrialResult
 from adasearch.documents import plain
@@ -16,9 +17,9 @@ from adasearch.sections import ObjectiveConfig
 CONSTRAINTS = "constraints"
 
 
-def directions(objective: ObjectiveConfig) -> list[str]:
+def directions(objective: ObjectiveConfig) -> list[StudyDirection]:
     """Return what Optuna is to do with each value: the score goes up, the costs beside it go down."""
-    return ["maximize", *("minimize" for _ in objective.also)]
+    return [StudyDirection.MAXIMIZE, *(StudyDirection.MINIMIZE for _ in objective.also)]
 
 
 def metric_names(objective: ObjectiveConfig) -> list[str]:
