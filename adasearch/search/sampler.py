@@ -250,7 +250,9 @@ class BoTorchSampler(SpaceSampler):
         return next_point(view, told, lambda parents: _candidates(view, parents, past.known, seed, 2.0), seed)
 
     def _fallen_back(self, study: Study, trial: FrozenTrial) -> dict[str, Any]:
-        sampler = TPESampler(seed=derived_seed(self._seed, trial.number, "tpe"), n_startup_trials=1)
+        seed = derived_seed(self._seed, trial.number, "tpe")
+        # multivariate, for with several objectives Optuna would else propose nothing and draw at random
+        sampler = TPESampler(seed=seed, n_startup_trials=1, multivariate=True)
         return sampler.sample_relative(study, trial, sampler.infer_relative_search_space(study, trial))
 
 
@@ -360,7 +362,7 @@ def paired_variances(errors: np.ndarray) -> np.ndarray:
     """
     known = np.isfinite(errors)
     filled: np.ndarray = np.where(known, errors, np.median(errors[known]) if known.any() else 0.0)
-    return filled * filled
+    return np.asarray(filled * filled)
 
 
 def _positive(error: Any) -> float:
@@ -373,4 +375,4 @@ def _cost_variances(scored: list[FrozenTrial], study: Study) -> np.ndarray:
     """Return the variances of all values but the first: of a cost where its standard error is known, else 0."""
     names = (study.metric_names or [""] * len(study.directions))[1:]
     errors = [[_positive(trial.user_attrs.get(f"{STDERR} {name}")) for name in names] for trial in scored]
-    return np.square(np.nan_to_num(np.array(errors), nan=0.0))
+    return np.asarray(np.square(np.nan_to_num(np.array(errors), nan=0.0)))
