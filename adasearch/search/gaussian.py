@@ -21,7 +21,7 @@ MAX_FITTED = 250
 _STEPS = 60
 _JITTER = 1e-8
 _LENGTH_STD, _SCALE_STD = math.sqrt(3.0), 0.7
-_NUGGET_MEAN, _NUGGET_STD = -4.0, 1.0
+_NUGGET_MODE, _NUGGET_STD = -5.0, 1.0
 _BOUND = 12.0
 
 
@@ -71,21 +71,23 @@ def squared_distances(points: np.ndarray, groups: np.ndarray) -> np.ndarray:
 class _Posterior:
     """Log posterior density of log-lengthscales (G), log scale, log nugget and mean, with its gradient.
 
-    Priors: log lengthscale ~ N(sqrt 2 + log(G) / 2, 3), which makes functions of many parameters smooth in each of
-    them (Hvarfner et al. 2024, arXiv 2402.02229); log scale ~ N(0, 0.5); log nugget ~ N(-4, 1), as there;
-    mean ~ N(0, 1).
+    Priors: lengthscale ~ log-normal(sqrt 2 + log(G) / 2, 3), which makes functions of many parameters smooth in each of
+    them, and nugget ~ log-normal(-4, 1), both as densities of the value and not of its logarithm, so that their modes
+    are those of Hvarfner et al. 2024 (arXiv 2402.02229): 0.2 sqrt(G) and exp(-5);
+    log scale ~ N(0, 0.5); mean ~ N(0, 1).
     """
 
     def __init__(self, distances: np.ndarray, scores: np.ndarray, noise: np.ndarray) -> None:
         self._distances, self._scores, self._noise = distances, scores, noise
-        self._centre = math.sqrt(2.0) + 0.5 * math.log(max(1, len(distances)))
+        # exp(-(z - m)^2 / 2 s^2) / exp(z) is, but for a constant, exp(-(z - m + s^2)^2 / 2 s^2)
+        self._centre = math.sqrt(2.0) + 0.5 * math.log(max(1, len(distances))) - _LENGTH_STD**2
 
     @property
     def starts(self) -> tuple[np.ndarray, ...]:
-        """Return where the ascent begins: near the mode of the lengthscales' prior, and nearer to its mean."""
+        """Return where the ascent begins: at the mode of the lengthscales' prior, and where functions are smoother."""
         groups = len(self._distances)
         return tuple(
-            np.concatenate([np.full(groups, self._centre - shift), [0.0, _NUGGET_MEAN, 0.0]]) for shift in (2.5, 1.0)
+            np.concatenate([np.full(groups, self._centre + shift), [0.0, _NUGGET_MODE, 0.0]]) for shift in (0.0, 1.5)
         )
 
     def __call__(self, theta: np.ndarray) -> tuple[float, np.ndarray]:
@@ -112,7 +114,7 @@ class _Posterior:
 
     def _prior(self, theta: np.ndarray) -> tuple[float, np.ndarray]:
         groups = len(self._distances)
-        centre = np.concatenate([np.full(groups, self._centre), [0.0, _NUGGET_MEAN, 0.0]])
+        centre = np.concatenate([np.full(groups, self._centre), [0.0, _NUGGET_MODE, 0.0]])
         spread = np.concatenate([np.full(groups, _LENGTH_STD), [_SCALE_STD, _NUGGET_STD, 1.0]])
         z = (theta - centre) / spread
         return -0.5 * float(z @ z), -z / spread
