@@ -1,6 +1,6 @@
 """How much of the difference between configurations a score shows, by metric and by what it is paired with.
 
-    python -m benchmarks.noise benchmarks/smollm2_20.npz        # or the recorded lines, .jsonl
+    python -m benchmarks.noise benchmarks/smollm2_30.npz        # or the recorded lines, .jsonl
 
 Model of an item value: v[i, k] = m + a[i] + b[k] + e[i, k] with a of N configurations, b of K items, e of both. All
 configurations answer the same items, so b moves every score alike: it is in the standard error of a raw score and in

@@ -1,7 +1,7 @@
 """Optimizers side by side, replayed under a virtual clock: what the chosen configuration is worth, against its cost.
 
     python -m benchmarks.optimizer --out sweep.jsonl --quick --jobs 2                          # minutes, cheap samplers
-    python -m benchmarks.optimizer --out sweep.jsonl --table benchmarks/smollm2_20.npz --jobs 2
+    python -m benchmarks.optimizer --out sweep.jsonl --table benchmarks/smollm2_30.npz --jobs 2
     python -m benchmarks.optimizer --out sweep.jsonl --report curves.svg                       # tables of what is there
 
 One line of JSON is appended for each run of a problem, a sampler, a number of workers, an order of telling and a seed;

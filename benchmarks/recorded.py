@@ -1,7 +1,7 @@
 """A table of real trials: every point of a small grid, each measured on all of its rungs, to replay optimizers on.
 
     python -m benchmarks.recorded --record trials.jsonl --workers 2     # goes on where it was
-    python -m benchmarks.recorded --record trials.jsonl --pack benchmarks/smollm2_20.npz
+    python -m benchmarks.recorded --record trials.jsonl --pack benchmarks/smollm2_30.npz
 
 The grid holds importance (with a grain that counts under taylor only), compensation, and two coefficients of the layer
 profile: the tilt of the MLP ratios over depth and the ratio of attention over MLP. Every point is there, so a replay
