@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from adasearch.documents import value
+from adasearch.search.gaussian import matern
 
 MIN_TOLD = 5
 """Trials before which nothing is learned of the sources and `DEFAULT_WEIGHT` is shared among them."""
@@ -74,8 +75,8 @@ def kernels(points: np.ndarray, noise: np.ndarray, settings: Sequence[Setting] =
     n, d = points.shape
     lengths, signals, nuggets = (np.array(column)[:, None, None] for column in zip(*settings, strict=True))
     squared = ((points[:, None, :] - points[None, :, :]) ** 2).sum(-1) / d
-    r = np.sqrt(5.0 * squared) / lengths
-    return np.asarray(signals * (1.0 + r + r * r / 3.0) * np.exp(-r) + (nuggets + noise) * np.eye(n))
+    unit, _ = matern(squared / lengths**2)
+    return np.asarray(signals * unit + (nuggets + noise) * np.eye(n))
 
 
 def left_out(covariances: np.ndarray, trend: np.ndarray, scores: np.ndarray) -> LeftOut:
