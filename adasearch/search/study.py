@@ -229,8 +229,8 @@ class SearchStudy:
         """Return a point of an earlier search, in the place of one of the first that are proposed."""
         assert self._prior is not None
         index = sum(RECIPE not in t.user_attrs for t in before)
-        if index == 0 and self._config.sampler.type not in MODELLED:
-            _LOG.info("sampler %s takes start trials from earlier runs, no more", self._config.sampler.type)
+        if index == 0 and self.sampler.type not in MODELLED:
+            _LOG.info("sampler %s takes start trials from earlier runs, no more", self.sampler.type)
         placed = [t for t in before if self._distributions.keys() <= t.params.keys()]
         known = {self._space.point_key(t.params): t.values[0] if t.values else None for t in placed}
         return self._prior.start(index, self._config.sampler.startup, self._space.point_key, known)
