@@ -153,7 +153,7 @@ class OptunaBook:
 
 def by_posterior(problem: Problem, told: Sequence[Told]) -> int | None:
     """Return the index of the whole trial with the best posterior mean under our model of all that was told."""
-    from adasearch.search.sampler import paired_variances
+    from adasearch.search.noise import paired_variances
     from adasearch.search.surrogate import Observations, posterior
 
     full = [index for index, trial in enumerate(told) if trial.full]

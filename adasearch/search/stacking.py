@@ -19,6 +19,7 @@ import numpy as np
 
 from adasearch.documents import value
 from adasearch.search.gaussian import matern
+from adasearch.search.noise import excess
 
 MIN_TOLD = 5
 """Trials before which nothing is learned of the sources and `DEFAULT_WEIGHT` is shared among them."""
@@ -136,7 +137,7 @@ def believed(predictions: np.ndarray, points: np.ndarray, scores: np.ndarray, va
     if spread <= 0:
         return Belief(weights=weights, slopes=slopes)
     standard = (scores - scores.mean()) / spread
-    covariances = kernels(points, np.maximum(variances - variances.min(), 0.0) / spread**2)
+    covariances = kernels(points, excess(variances) / spread**2)
     level = np.ones((len(scores), 1))
     alone = left_out(covariances, level, standard).density
     kept, densities = [], [alone]
