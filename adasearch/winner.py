@@ -57,4 +57,4 @@ def _variances(items: Sequence[TaskValues]) -> np.ndarray:
     """Return v of `merits` for each of k finalists."""
     k = len(items)
     mean = {task: np.mean([found[task] for found in items], axis=0, dtype=float) for task in items[0]}
-    return np.array([paired_gap(found, mean)[1] ** 2 for found in items]) * k / (k - 1)
+    return np.array([paired_gap(found, mean)[1] ** 2 * k / (k - 1) for found in items])
