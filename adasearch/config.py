@@ -194,6 +194,10 @@ class TaskScore:
     margin_stderr: float
 
 
+TWIN = "same_trial_as"
+"""Note of a trial that took the result of an earlier one, with its number."""
+
+
 @value
 class TrialResult:
     """What a trial gives back.
@@ -236,6 +240,11 @@ class TrialResult:
     def measured(self) -> bool:
         """Return whether the score comes from items scored after the recovery, and is no prediction from a rung."""
         return not (self.stopped and self.rungs and self.rungs[-1].kind != "recovered")
+
+    @property
+    def twin(self) -> bool:
+        """Return whether it was taken from an earlier trial of the same configuration."""
+        return TWIN in self.notes
 
 
 @value

@@ -35,6 +35,7 @@ from benchmarks.optimizer_report import chart, tables
 from benchmarks.problems import FORMS, Problem, analytic
 from benchmarks.replayed import Replayed, table_of
 from benchmarks.simulation import Halving, Order, Policy, Replay, Setting, Told, chosen
+from benchmarks.table import lines_of
 
 PAIRED = "paired_stderr"
 QUICK = ("random", "tpe", "tpe+seeds", "tpe+seeds+halving")
@@ -152,7 +153,7 @@ class OptunaBook:
 
 def by_posterior(problem: Problem, told: Sequence[Told]) -> int | None:
     """Return the index of the whole trial with the best posterior mean under our model of all that was told."""
-    from adasearch.search.sampler import paired_variances
+    from adasearch.search.noise import paired_variances
     from adasearch.search.surrogate import Observations, posterior
 
     full = [index for index, trial in enumerate(told) if trial.full]
@@ -226,12 +227,6 @@ def tasks(args: argparse.Namespace) -> Iterator[Task]:
                    table=table)  # fmt: skip
 
 
-def rows_of(paths: Sequence[Path]) -> list[Row]:
-    """Return the recorded runs; a last line that a killed process left unfinished does not count."""
-    lines = [line for path in paths if path.exists() for line in path.read_text().splitlines(keepends=True)]
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def _alone() -> None:
     """Keep a process to one thread: several share the cores."""
     import torch
@@ -289,12 +284,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.problems = args.problems or (["profile_5", "profile_12"] if args.quick else everything)
     if args.quick:
         args.seeds, args.trials = min(args.seeds, 5), min(args.trials, 40)
-    known = rows_of(args.out)
+    known = lines_of(*args.out)
     if not args.report:
         done = {Task(**{name: row.get(name) for name in Task.__dataclass_fields__}).key
                 for row in known if "unavailable" not in row}  # fmt: skip
         sweep([task for task in tasks(args) if task.key not in done], args.out[0], args.jobs)
-        known = rows_of(args.out)
+        known = lines_of(*args.out)
     for line in tables(known):
         print(line)
     if args.report:

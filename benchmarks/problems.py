@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from adasearch.racing import TaskValues
 from adasearch.report_rungs import spearman
 from adasearch.search.parameters import CategoricalParameter, Encoding, FloatParameter, IntParameter, Parameter
 from benchmarks.table import task_error, task_mean
@@ -71,6 +72,11 @@ class Outcome:
     phases: tuple[Phase, ...]
     items: np.ndarray
     of_task: np.ndarray
+
+    @property
+    def by_task(self) -> TaskValues:
+        """Return the values of the items of each task."""
+        return {str(task): self.items[self.of_task == task] for task in np.unique(self.of_task)}
 
     @property
     def seconds(self) -> float:

@@ -20,6 +20,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
 
+from adasearch.search.noise import score_variances
 from adasearch.search.parameters import CategoricalParameter, Encoding, FloatParameter, IntParameter, Parameter
 from adasearch.search.space import Space
 
@@ -356,27 +357,9 @@ def value_of(trial: FrozenTrial) -> float:
 
 
 def _variances(scored: list[FrozenTrial]) -> np.ndarray:
-    """Return the noise variances of scores: what moves one against the others.
-
-    Those of `paired_variances` if any trial has a paired standard error. Else most of a plain standard error is common
-    to all, as all are scored on the same items, and what a trial's variance exceeds the least one by counts.
-    """
-    paired = np.array([_positive(t.user_attrs.get(NOISE)) for t in scored])
-    if np.isfinite(paired).any():
-        return paired_variances(paired)
-    plain = np.nan_to_num(np.array([_positive(t.user_attrs.get(STDERR)) for t in scored]), nan=0.0)
-    variances = np.square(plain)
-    return np.asarray(variances - variances.min())
-
-
-def paired_variances(errors: np.ndarray) -> np.ndarray:
-    """Return the squares of paired standard errors (N).
-
-    A trial that has none, nan, takes the median: the first one told has no other to be paired with.
-    """
-    known = np.isfinite(errors)
-    filled: np.ndarray = np.where(known, errors, np.median(errors[known]) if known.any() else 0.0)
-    return np.asarray(filled * filled)
+    """Return the noise variances of scores, see `score_variances`."""
+    paired, plain = (np.array([_positive(t.user_attrs.get(name)) for t in scored]) for name in (NOISE, STDERR))
+    return score_variances(paired, plain)
 
 
 def _positive(error: Any) -> float:
