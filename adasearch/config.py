@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +37,7 @@ from adasearch.sections import (
     BudgetConfig,
     ClusterConfig,
     LimitsConfig,
+    Metric,
     ModelConfig,
     ObjectiveConfig,
     OwnBudget,
@@ -182,7 +185,10 @@ class TrialConfig:
 
 @value
 class TaskScore:
-    """Score of one task: `n` items, mean and standard error of each metric (fractions; acc_norm may be absent)."""
+    """Score of one task: `n` items, mean and standard error of each metric, see `ObjectiveConfig`.
+
+    None stands for an `acc_norm` that the task does not report, and for a `log_score` in records older than it is.
+    """
 
     task: str
     n: int
@@ -192,6 +198,24 @@ class TaskScore:
     acc_norm_stderr: float | None
     margin: float
     margin_stderr: float
+    log_score: float | None = None
+    log_score_stderr: float | None = None
+
+    def of(self, metric: Metric) -> tuple[float, float]:
+        """Return a metric and its standard error; `acc` stands in where a task has no `acc_norm`."""
+        name = "acc" if metric == "acc_norm" and self.acc_norm is None else metric
+        return getattr(self, name), getattr(self, f"{name}_stderr")
+
+
+def mean_of(scores: Sequence[TaskScore], metric: Metric) -> tuple[float, float]:
+    """Return the mean of `metric` over tasks, see `TaskScore.of`, and its standard error; nan without scores.
+
+    The error is that of a mean of independent estimates, sqrt(sum of squares) / number of tasks.
+    """
+    if not scores:
+        return math.nan, math.nan
+    values, errors = zip(*(score.of(metric) for score in scores), strict=True)
+    return sum(values) / len(scores), math.hypot(*errors) / len(scores)
 
 
 TWIN = "same_trial_as"

@@ -32,7 +32,7 @@ from adasearch.records import (
     write_final,
     write_items,
 )
-from adasearch.sections import ObjectiveConfig
+from adasearch.sections import Metric, ObjectiveConfig
 from adasearch.tradeoff import finished_first
 from adasearch.trial import Clock, Pruned, prune, recover, score_blocks, task_scores
 from adasearch.tuning import alignment, evaluation
@@ -216,8 +216,9 @@ def _score(
 ) -> tuple[dict[str, tuple[TaskScore, ...]], dict[str, np.ndarray]]:
     """Return the scores of each role's tasks, and for paired differences the values of their items.
 
-    These are margin and correctness of each report item, and the margin of each select item.
+    These are the study's metric and correctness of each report item, and that metric of each select item.
     """
+    metric = bench.study.objective.metric
     scores: dict[str, tuple[TaskScore, ...]] = {}
     values: dict[str, np.ndarray] = {}
     for role in task.items:
@@ -226,10 +227,10 @@ def _score(
         logliks = score_blocks(model, {name: found.encoded for name, found in tasks.items()})
         scores[role] = task_scores(tasks, logliks)
         for name, found in tasks.items() if role == "report" else ():
-            values[name] = evaluation.item_values(found.items, logliks[name], "margin")
+            values[name] = evaluation.item_values(found.items, logliks[name], metric)
             values[f"{name}#acc"] = evaluation.item_values(found.items, logliks[name], "acc_norm")
         for name, found in tasks.items() if role == "select" else ():
-            values[f"{name}{SELECT}"] = evaluation.item_values(found.items, logliks[name], "margin")
+            values[f"{name}{SELECT}"] = evaluation.item_values(found.items, logliks[name], metric)
     return scores, values
 
 
@@ -274,20 +275,17 @@ def _export(pruned: Pruned, task: FinalTask, record: FinalRecord, bench: Workben
     return str(folder.relative_to(bench.run))
 
 
-def judge(run: Path, metric: str, known: Mapping[int, Evidence]) -> None:
+def judge(run: Path, known: Mapping[int, Evidence]) -> None:
     """Write into the records of finalists and of the best recipe what they are ranked by; see `winner.merits`.
 
     What the search knows of them is written anew: it may have gone on since they were made.
-
-    Where the search maximised another metric than the margin that select items are scored by, its scores cannot be
-    weighed with them and have no say.
     """
     finals = [r for r in read_finals(run) if r.role in {"finalist", "recipe"}]
     finals = [dataclasses.replace(r, search=known.get(r.trial, r.search)) for r in finals]
     items = [_select_items(run, record.name) for record in finals]
     if not all(items):
         return
-    found = merits([r.search if metric == "margin" else None for r in finals], items)
+    found = merits([r.search for r in finals], items)
     for record, merit in zip(finals, found, strict=True):
         write_final(run, dataclasses.replace(record, merit=merit))
 
@@ -297,12 +295,12 @@ def _select_items(run: Path, name: str) -> dict[str, np.ndarray]:
     return {key.removesuffix(SELECT): x for key, x in items.items() if key.endswith(SELECT)}
 
 
-def place_exports(run: Path) -> list[FinalRecord]:
+def place_exports(run: Path, metric: Metric) -> list[FinalRecord]:
     """Name the exports of the finalists by their rank, ``<rank>-trial<number>``, and return the finalists, best first.
 
     This is the last step and may be repeated: wherever an export lies, it ends under its name.
     """
-    ranked = ranked_finals(r for r in read_finals(run) if r.role == "finalist")
+    ranked = ranked_finals((r for r in read_finals(run) if r.role == "finalist"), metric)
     moved = []
     for rank, record in enumerate(ranked, start=1):
         goal = run / "export" / f"{rank}-{record.name}"
@@ -326,8 +324,8 @@ def finalize(study: StudyConfig, run: Path, executor: Executor, display: Display
         display.note(f"finalists are chosen by their observed scores: {obstacle}")
     tasks = finalists(records, study.finalize, known, study.objective)
     failures = finish(tasks, run, executor, display, seconds=study.limits.trial_seconds * LONGER)
-    judge(run, study.objective.metric, known)
-    ranked = place_exports(run)
+    judge(run, known)
+    ranked = place_exports(run, study.objective.metric)
     if not ranked:
         reasons = "; ".join(f"{name}: {failure.kind}: {failure.message}" for name, failure in failures.items())
         raise NoTrialError(f"no finalist could be finished: {reasons or 'no reason recorded'}")

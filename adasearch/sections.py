@@ -11,6 +11,7 @@ import pydantic
 from adasearch.documents import Count, Fraction, NonNegative, Positive, Share, value
 
 Cost = Literal["parameters", "latency", "memory"]
+Metric = Literal["margin", "log_score", "acc", "acc_norm"]
 SamplerType = Literal["auto", "botorch", "tpe", "gp", "nsga2", "random", "cmaes", "evolution"]
 
 
@@ -57,8 +58,11 @@ class ObjectiveConfig:
     """What the search maximises: the mean of `metric` over the tasks in `search`, on `items` items of each.
 
     `margin` is the chance-corrected probability of the right choice, (p - 1/n) / (1 - 1/n), with p the softmax over
-    the choices' log-likelihoods per character (as they are, where a task reports no acc_norm). `select` items of each
-    task are set aside for choosing among finalists.
+    the n choices' log-likelihoods per character (as they are, where a task reports no acc_norm). `log_score` is its
+    chance-corrected logarithm, log(n p) / log n: like the margin 0 at chance and 1 at certainty, but without a lower
+    bound: a right choice that is held for impossible costs more than one that is held for unlikely. `acc` and
+    `acc_norm` are lm-eval's. Finalists are compared by the same metric, on `select` items of each task that are set
+    aside for it.
 
     Args:
         also: what is minimised beside it, as a fraction of the dense model's figure: ``parameters`` (a count),
@@ -71,7 +75,7 @@ class ObjectiveConfig:
     search: tuple[str, ...]
     items: Count = 200
     select: Count = 200
-    metric: Literal["margin", "acc", "acc_norm"] = "margin"
+    metric: Metric = "margin"
     allow_shared_splits: bool = False
     also: Annotated[tuple[Cost, ...], pydantic.AfterValidator(_distinct)] = ()
     at_most: dict[Cost, Positive] = dataclasses.field(default_factory=dict)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adasearch import costs, environment, models, outlining, racing, registry
-from adasearch.config import Component, TaskScore, TrialConfig, TrialResult
+from adasearch.config import Component, TaskScore, TrialConfig, TrialResult, mean_of
 from adasearch.errors import ConfigError, TrialError
 from adasearch.promotion import Gate
 from adasearch.pruning import allocation, schedule, surgery
@@ -214,7 +214,7 @@ class Ascent:
             tasks = self._bench.items("search", self._pruned.structure.outline)
             begun = time.perf_counter()
             logliks = score_blocks(self._pruned.model, first_items(tasks, share))
-            found = evaluation.objective(task_scores(tasks, logliks), self._bench.study.objective.metric)
+            found = mean_of(task_scores(tasks, logliks), self._bench.study.objective.metric)
             self._pass("unrecovered", share, found, begun)
 
     def look(self, step: int, steps: int, updates: Updates) -> None:
@@ -301,7 +301,7 @@ def evaluate(
             for name, found in logliks.items()
         }
         scores = task_scores(tasks, logliks)
-        score, stderr = evaluation.objective(scores, metric)
+        score, stderr = mean_of(scores, metric)
         gap, bound = racing.upper_bound(values, race.rival, rules.z, len(rules.rungs)) if race else (None, None)
         seconds = time.perf_counter() - begun
         rungs.append(Rung(kind="recovered", share=share, value=score, stderr=stderr, seconds=seconds,
