@@ -172,10 +172,11 @@ def means(model: SingleTaskGP, points: np.ndarray) -> np.ndarray:
 
 
 def _acquisition(model: SingleTaskGP, data: Observations) -> UpperConfidenceBound:
-    if len(data.pending):
-        x = torch.as_tensor(data.pending, dtype=torch.float64)
-        with torch.no_grad():
-            expected = model.posterior(x).mean
-            noise = torch.full_like(expected, float(model.likelihood.noise.median()))
-            model = model.condition_on_observations(x, expected, noise=noise)
-    return UpperConfidenceBound(model, beta=CONFIDENCE**2)
+    if not len(data.pending):
+        return UpperConfidenceBound(model, beta=CONFIDENCE**2)
+    x = torch.as_tensor(data.pending, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model.posterior(x).mean
+        noise = torch.full_like(expected, float(model.likelihood.noise.median()))
+        told = model.condition_on_observations(x, expected, noise=noise)
+    return UpperConfidenceBound(told, beta=CONFIDENCE**2)
