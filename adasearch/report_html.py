@@ -356,8 +356,8 @@ def _meaning(f: Findings) -> str:
     objective = f.study.objective
     margin = (
         "<b>Margin</b> is the probability of the right choice, corrected for chance: 0 is guessing, 1 is certain. "
-        "It is less noisy than accuracy at the same number of items. <b>log_score</b> puts the logarithm of "
-        "that probability on the same scale; it has no lower end, so confident errors cost most."
+        "<b>log_score</b> puts the logarithm of that probability on the same scale; it has no lower end, so confident "
+        "errors cost most. Both are less noisy than accuracy at the same number of items."
     )
     bias = (
         "<b>Search scores are optimistic.</b> The best of many noisy estimates is too high on average, so the winner's "

@@ -47,7 +47,7 @@ def study(**changes: Any) -> StudyConfig:
         "model": ModelConfig(name="synthetic/model"),
         "space": SpaceConfig(name="inline", dimensions={}),
         "budget": BudgetConfig(remove=0.2),
-        "objective": ObjectiveConfig(search=TASKS),
+        "objective": ObjectiveConfig(search=TASKS, metric="margin"),
         "report": ReportConfig(tasks=TASKS, perplexity=("pydoc",)),
         "finalize": FinalizeConfig(recovery=Component(type="none", options=NoOptions())),
         "trial": {},
