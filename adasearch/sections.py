@@ -62,8 +62,8 @@ class ObjectiveConfig:
     chance-corrected logarithm, log(n p) / log n: like the margin 0 at chance and 1 at certainty, but without a lower
     bound: a right choice that is held for impossible costs more than one that is held for unlikely. Of all of them it
     shows differences between configurations best at the same number of items (benchmarks/RESULTS.md, "How noisy scores
-    are"). `acc` and `acc_norm` are lm-eval's, and always reported. Finalists are compared by the same metric, on `select` items of each task that are set
-    aside for it.
+    are"). `acc` and `acc_norm` are lm-eval's, and always reported. Finalists are compared by the same metric, on
+    `select` items of each task that are set aside for it.
 
     Args:
         also: what is minimised beside it, as a fraction of the dense model's figure: ``parameters`` (a count),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import importlib
 import itertools
 import json
@@ -28,9 +29,11 @@ from typing import Any
 import numpy as np
 import optuna
 
+from adasearch.records import Evidence
 from adasearch.search.sampler import RECIPE, STDERR, BoTorchSampler, derived_seed, distributions
 from adasearch.search.samplers import make_sampler
 from adasearch.sections import SamplerConfig
+from adasearch.winner import merits
 from benchmarks.optimizer_report import chart, tables
 from benchmarks.problems import FORMS, Problem, analytic
 from benchmarks.replayed import Replayed, table_of
@@ -44,6 +47,7 @@ SAMPLERS = (
     "botorch+seeds+gates",
 )  # fmt: skip
 OURS = frozenset({"botorch", "auto"})
+FINALISTS = 3  # trials that are made and scored again at the end
 STEP = 5  # trials between two looks at what the posterior mean would choose
 
 Row = dict[str, Any]
@@ -151,14 +155,15 @@ class OptunaBook:
         self._study.tell(number, value)
 
 
-def by_posterior(problem: Problem, told: Sequence[Told]) -> int | None:
-    """Return the index of the whole trial with the best posterior mean under our model of all that was told."""
+def believed(problem: Problem, told: Sequence[Told]) -> dict[int, Evidence]:
+    """Return what our model of all that was told says of the whole trials, by index; only scores where it fails."""
     from adasearch.search.noise import paired_variances
     from adasearch.search.surrogate import Observations, posterior
 
     full = [index for index, trial in enumerate(told) if trial.full]
+    observed = {i: Evidence(score=told[i].value, stderr=told[i].stderr) for i in full}
     if len(full) < 2:
-        return chosen(told)
+        return observed
     points = np.array([problem.features(trial.params) for trial in told])
     data = Observations(
         points=points,
@@ -168,10 +173,36 @@ def by_posterior(problem: Problem, told: Sequence[Told]) -> int | None:
         groups=problem.encoding.groups,
     )
     try:
-        means, _ = posterior(data, points[full])
+        means, deviations = posterior(data, points[full])
     except ArithmeticError:
-        return chosen(told)
-    return full[int(means.argmax())]
+        return observed
+    found = zip(full, means, deviations, strict=True)
+    return {i: dataclasses.replace(observed[i], mean=float(mean), sd=float(sd)) for i, mean, sd in found}
+
+
+def merit(evidence: Evidence) -> float:
+    """Return the posterior mean, the score where there is none."""
+    return evidence.score if evidence.mean is None else evidence.mean
+
+
+def by_posterior(problem: Problem, told: Sequence[Told]) -> int | None:
+    """Return the index of the whole trial with the best posterior mean under our model of all that was told."""
+    known = believed(problem, told)
+    return max(known, key=lambda i: (merit(known[i]), -i)) if known else None
+
+
+def by_finalists(problem: Problem, told: Sequence[Told], seed: int) -> int | None:
+    """Return the index of the best of `FINALISTS` trials that are scored once more, as a search ends.
+
+    They are those of the best posterior mean; each is scored on as many fresh items, and `winner.merits` decides.
+    """
+    known = believed(problem, told)
+    distinct = {problem.point_key(told[i].params): i for i in sorted(known, key=lambda i: merit(known[i]))}
+    best = sorted(distinct.values(), key=lambda i: -merit(known[i]))[:FINALISTS]
+    if not best:
+        return None
+    items = [problem.evaluate(told[i].params, derived_seed(seed, 0, "select")).by_task for i in best]
+    return best[int(np.argmax(merits([known[i] for i in best], items)))]
 
 
 def curve(problem: Problem, told: Sequence[Told], choose: Callable[[Sequence[Told]], int | None],
@@ -214,6 +245,10 @@ def run(task: Task) -> Row:
     }
     if name in OURS:
         row["posterior"] = list(curve(problem, told, lambda told: by_posterior(problem, told), STEP))
+        if problem.fresh:
+            ends = curve(problem, told, lambda told: by_finalists(problem, told, task.seed), STEP)
+            more = FINALISTS * problem.seconds
+            row["finalists"] = [[n + FINALISTS, time, cost + more, value] for n, time, cost, value in ends]
     return row
 
 

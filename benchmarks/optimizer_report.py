@@ -93,8 +93,9 @@ def groups_of(rows: Sequence[Row]) -> dict[Group, dict[str, Curves]]:
         result[group] = {}
         for sampler, its in by_sampler.items():
             result[group][sampler] = curves_of(its)
-            if all("posterior" in row for row in its):
-                result[group][f"{sampler}, by posterior"] = curves_of(its, "posterior")
+            for rule, label in (("posterior", "by posterior"), ("finalists", "by finalists")):
+                if all(rule in row for row in its):
+                    result[group][f"{sampler}, {label}"] = curves_of(its, rule)
     return result
 
 

@@ -99,6 +99,9 @@ class Problem:
         recipes: seed trials by name.
     """
 
+    fresh = True
+    """Whether another seed scores a point on items that tell something new of it."""
+
     def __init__(
         self,
         name: str,
