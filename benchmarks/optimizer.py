@@ -299,7 +299,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out", type=Path, nargs="+", required=True, help="runs, one line each; the first is written")
     made.add_argument("--report", type=Path, help="print the tables of what is recorded, draw this .svg; run nothing")
-    made.add_argument("--table", type=Path, help="recorded trials, adds the problem table_margin")
+    made.add_argument("--table", type=Path, help="recorded trials, adds the problem table_log_odds")
     made.add_argument("--problems", nargs="+", help=f"of {', '.join(FORMS)}, table_<metric> (default: all)")
     made.add_argument("--samplers", nargs="+", help=f"(default: {' '.join(SAMPLERS)})")
     made.add_argument("--workers", nargs="+", type=int, default=[4], help="(default: 4)")
@@ -315,7 +315,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     args.samplers = args.samplers or list(QUICK if args.quick else SAMPLERS)
-    everything = [*FORMS, *(["table_margin"] if args.table else [])]
+    everything = [*FORMS, *(["table_log_odds"] if args.table else [])]
     args.problems = args.problems or (["profile_5", "profile_12"] if args.quick else everything)
     if args.quick:
         args.seeds, args.trials = min(args.seeds, 5), min(args.trials, 40)
