@@ -188,7 +188,7 @@ class SpaceSampler(BaseSampler):
 
 
 class BoTorchSampler(SpaceSampler):
-    """Proposes by noisy expected improvement over a Gaussian process; see `adasearch.search.surrogate`.
+    """Proposes by the upper confidence bound of a Gaussian process; see `adasearch.search.surrogate`.
 
     With several directions by noisy expected hypervolume improvement, see `adasearch.search.several`; the standard
     error of another value than the first is the user attribute ``stderr <metric name>``.
