@@ -22,7 +22,7 @@ from adasearch.registry import COMPENSATION
 from adasearch.search.earlier import Earlier, gather
 from adasearch.search.samplers import Choice, choose
 from adasearch.search.seeds import Seeds, find_seeds
-from adasearch.search.space import MANY_COLUMNS, Space
+from adasearch.search.space import MANY_PARAMETERS, Space
 from adasearch.sections import ClusterConfig, Cost
 from adasearch.tuning import tasks
 
@@ -47,7 +47,7 @@ class Checked:
         smallest: the same for the greatest budget.
         model_digest: tells the model's files apart from others, from their names and sizes.
         items: identifiers of the items by role and task.
-        features: number of columns that the surrogate sees.
+        parameters: number of parameters that are searched; a dimension may have several.
         points: of the space, infinity where they were not counted.
         seeds: what becomes of the recipes.
         earlier: what the runs under `warm_start` tell of the space.
@@ -60,7 +60,7 @@ class Checked:
     smallest: int
     model_digest: str
     items: dict[str, dict[str, tuple[str, ...]]]
-    features: int
+    parameters: int
     points: float
     seeds: Seeds
     sampler: Choice
@@ -269,7 +269,7 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
         smallest=targets[1],
         model_digest=_digest(source),
         items={role: _item_ids(study, role, where) for role in ("search", "select", "report")},
-        features=space.encoding.num_columns,
+        parameters=len(space.parameters),
         points=space.num_points,
         seeds=find_seeds(study, space),
         earlier=earlier,
@@ -354,9 +354,9 @@ def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
     if checked.smallest < checked.target:
         yield f"  searched: up to {1 - checked.smallest / structure.parameters:.2%}, {checked.smallest:,} left"
     yield from _describe_costs(study)
-    yield f"space: {study.space.name}, {len(study.space.dimensions)} dimensions, {checked.features} features"
-    if checked.features > MANY_COLUMNS:
-        yield f"  above {MANY_COLUMNS} features a search stays near its best trials: fix some knobs, or raise trials"
+    yield f"space: {study.space.name}, {len(study.space.dimensions)} dimensions, {checked.parameters} parameters"
+    if checked.parameters > MANY_PARAMETERS:
+        yield f"  above {MANY_PARAMETERS} a search stays near its best trials: fix some knobs, or raise trials"
     if not math.isinf(checked.points):
         yield f"  {checked.points:g} points: the search ends when all have been tried"
     yield checked.sampler.line

@@ -22,7 +22,7 @@ from scipy.stats import qmc
 
 from adasearch.search.noise import score_variances
 from adasearch.search.parameters import CategoricalParameter, Encoding, FloatParameter, IntParameter, Parameter
-from adasearch.search.space import Space
+from adasearch.search.space import MANY_PARAMETERS, Space
 
 if TYPE_CHECKING:
     from adasearch.search.prior import Prior
@@ -34,7 +34,6 @@ NUM_RANDOM = 256
 NUM_PARENTS = 8
 NUM_CHILDREN = 32
 NUM_PERTURBED = 20
-MANY_PARAMETERS = 24
 TRIES = 64
 STDERR, NOISE, RECIPE = "stderr", "paired_stderr", "recipe"
 
