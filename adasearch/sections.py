@@ -60,10 +60,11 @@ class ObjectiveConfig:
     `margin` is the chance-corrected probability of the right choice, (p - 1/n) / (1 - 1/n), with p the softmax over
     the n choices' log-likelihoods per character (as they are, where a task reports no acc_norm). `log_score` is its
     chance-corrected logarithm, log(n p) / log n: like the margin 0 at chance and 1 at certainty, but without a lower
-    bound: a right choice that is held for impossible costs more than one that is held for unlikely. Of all of them it
-    shows differences between configurations best at the same number of items (benchmarks/RESULTS.md, "How noisy scores
-    are"). `acc` and `acc_norm` are lm-eval's, and always reported. Finalists are compared by the same metric, on
-    `select` items of each task that are set aside for it.
+    bound: a right choice that is held for impossible costs more than one that is held for unlikely. On tasks that
+    report acc_norm it shows differences between configurations best; on others a confident model may score below one
+    that knows nothing, so it is not the default (benchmarks/RESULTS.md, "How noisy scores are"). `acc` and `acc_norm`
+    are lm-eval's, and always reported. Finalists are compared by the same metric, on `select` items of each task that
+    are set aside for it.
 
     Args:
         also: what is minimised beside it, as a fraction of the dense model's figure: ``parameters`` (a count),
@@ -76,7 +77,7 @@ class ObjectiveConfig:
     search: tuple[str, ...]
     items: Count = 200
     select: Count = 200
-    metric: Metric = "log_score"
+    metric: Metric = "margin"
     allow_shared_splits: bool = False
     also: Annotated[tuple[Cost, ...], pydantic.AfterValidator(_distinct)] = ()
     at_most: dict[Cost, Positive] = dataclasses.field(default_factory=dict)

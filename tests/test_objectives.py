@@ -110,7 +110,7 @@ def test_a_search_for_a_front_from_file_to_report(tmp_path, tiny_checkpoint, cap
     run = tmp_path / "run"
     assert main(["validate", str(path)]) == 0
     said = capsys.readouterr().out
-    assert "objectives: log_score up; parameters, latency down" in said
+    assert "objectives: margin up; parameters, latency down" in said
     assert "no trial races" in said
     assert "hard limits: memory 0.85" in said
     assert main(["run", str(path), "--out", str(run)]) == 0

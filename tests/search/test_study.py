@@ -24,7 +24,7 @@ def test_the_study_holds_what_a_reader_wants(tmp_path):
     search(make_study(trials=4), tmp_path)
     (name,) = optuna.get_all_study_names(f"sqlite:///{tmp_path / 'study.db'}")
     study = optuna.load_study(study_name=name, storage=f"sqlite:///{tmp_path / 'study.db'}")
-    assert study.metric_names == ["log_score, mean of the search tasks"]
+    assert study.metric_names == ["margin, mean of the search tasks"]
     assert "4 trials" in get_note(study)
     trial = study.trials[1]
     assert trial.user_attrs["recipe"] == "obs_lora"
