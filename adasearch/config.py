@@ -77,7 +77,7 @@ def component(known: Registry, data: Any, where: str) -> Component:
 
 @value
 class FinalizeConfig:
-    """What happens after the search: how many configurations are fine-tuned, how, and into which formats.
+    """What happens after the search: how many configurations are fine-tuned, how, and into which formats (``[hf]``).
 
     `workers` finalists are fine-tuned at the same time; None takes as many as the search, or fewer where memory does
     not hold them: a full fine-tune needs about 18 bytes per parameter.
@@ -86,7 +86,7 @@ class FinalizeConfig:
     top: Count = 3
     workers: Count | None = None
     recovery: Component
-    formats: tuple[str, ...] = ("hf",)
+    formats: tuple[Component, ...] = ()
 
 
 @value
@@ -322,6 +322,7 @@ class StudyConfig:
         data: dict[str, Any] = plain(self)
         data["space"] = plain(self.space.dimensions)
         data["finalize"]["recovery"] = self.finalize.recovery.to_dict()
+        data["finalize"]["formats"] = [item.to_dict() for item in self.finalize.formats]
         return data
 
     def budget_of(self, trial: TrialConfig) -> BudgetConfig:
@@ -386,6 +387,22 @@ def _read_recipes(data: dict[str, Any], near: Path, where: str) -> dict[str, Any
     return {"recipes": recipes, "all_recipes": given == "auto"}
 
 
+def export_formats(given: Any, where: str) -> tuple[Component, ...]:
+    """Return the export formats that a list names, such as ``[hf, {type: gguf, dtype: q8_0}]``.
+
+    Raises:
+        ConfigError: no list, an unknown format or setting, or two that would be written to the same folder.
+    """
+    if not isinstance(given, list | tuple):
+        raise ConfigError(where, f"must be a list of formats, given {given!r}")
+    formats = tuple(component(registry.EXPORT, item, where) for item in given)
+    labels = [item.options.label for item in formats]
+    twice = next((item for i, item in enumerate(formats) if item.options.label in labels[:i]), None)
+    if twice is not None:
+        raise ConfigError(where, f"{twice.type} stands twice with settings that share a folder; leave one of them")
+    return formats
+
+
 def study_from_dict(data: dict[str, Any], where: str, near: Path) -> StudyConfig:
     """Return the study that a mapping describes.
 
@@ -404,11 +421,10 @@ def study_from_dict(data: dict[str, Any], where: str, near: Path) -> StudyConfig
     finalize = dict(data.get("finalize") or {})
     recovery = finalize.get("recovery", {"type": "full"})
     finalize["recovery"] = component(registry.RECOVERY, recovery, join(where, "finalize.recovery"))
+    finalize["formats"] = export_formats(finalize.get("formats", ["hf"]), join(where, "finalize.formats"))
     data["finalize"] = finalize
     data.setdefault("trial", {})
     study = parse(StudyConfig, data, where)
-    for name in study.finalize.formats:
-        registry.EXPORT.get(name, join(where, "finalize.formats"))
     TrialConfig.from_dict(study.trial, join(where, "trial"))
     for name, recipe in study.recipes.items():
         TrialConfig.from_dict(merged(study.trial, recipe), join(where, "recipes", name))

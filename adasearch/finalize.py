@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ from adasearch.sections import Metric, ObjectiveConfig
 from adasearch.tradeoff import finished_first
 from adasearch.trial import Clock, Pruned, prune, recover, score_blocks, task_scores
 from adasearch.tuning import alignment, evaluation
-from adasearch.tuning.export import ModelCard
+from adasearch.tuning.export import Goods, ModelCard
 from adasearch.winner import SELECT, merits
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class FinalTask:
     config: dict[str, Any] | None = None
     recovery: Component | None = None
     items: tuple[Role, ...] = ("select", "report")
-    formats: tuple[str, ...] = ()
+    formats: tuple[Component, ...] = ()
     command: str = ""
     search: Evidence | None = None
 
@@ -252,7 +253,7 @@ def _perplexity(model: nn.Module, bench: Workbench, outline: Outline) -> dict[st
 
 
 def _export(pruned: Pruned, task: FinalTask, record: FinalRecord, bench: Workbench) -> str:
-    folder = bench.run / "export" / task.name
+    """Write a model in every format that is asked for, each a folder, and return the first one relative to the run."""
     study = bench.study
     card = ModelCard(
         model=study.model.name,
@@ -269,10 +270,17 @@ def _export(pruned: Pruned, task: FinalTask, record: FinalRecord, bench: Workben
         versions=versions(),
         command=task.command,
     )
-    for name in task.formats:
-        export = registry.EXPORT.get(name).function
-        export(pruned.model, pruned.base, pruned.structure, pruned.plan, folder, card, overwrite=True)
-    return str(folder.relative_to(bench.run))
+    goods = Goods(model=pruned.model, base=pruned.base, structure=pruned.structure, plan=pruned.plan, card=card)
+    folders = [bench.run / "export" / export_name(task.name, wanted) for wanted in task.formats]
+    for wanted, folder in zip(task.formats, folders, strict=True):
+        registry.EXPORT.get(wanted.type).function(goods, folder, wanted.options, overwrite=True)
+    return str(folders[0].relative_to(bench.run))
+
+
+def export_name(name: str, wanted: Component) -> str:
+    """Return what the folder of a model in one format is called: ``trial7``, ``trial7.gguf-q8_0``."""
+    label = wanted.options.label
+    return f"{name}.{label}" if label else name
 
 
 def judge(run: Path, known: Mapping[int, Evidence]) -> None:
@@ -296,18 +304,20 @@ def _select_items(run: Path, name: str) -> dict[str, np.ndarray]:
 
 
 def place_exports(run: Path, metric: Metric) -> list[FinalRecord]:
-    """Name the exports of the finalists by their rank, ``<rank>-trial<number>``, and return the finalists, best first.
+    """Name the exports of the finalists by their rank, and return the finalists, best first.
 
-    This is the last step and may be repeated: wherever an export lies, it ends under its name.
+    A folder is called ``<rank>-trial<number>``, followed by the label of its format. This is the last step and may be
+    repeated: wherever an export lies, it ends under its name.
     """
     ranked = ranked_finals((r for r in read_finals(run) if r.role == "finalist"), metric)
     moved = []
     for rank, record in enumerate(ranked, start=1):
-        goal = run / "export" / f"{rank}-{record.name}"
-        lies = next((p for p in (run / "export").glob(f"*{record.name}") if p.name.split("-")[-1] == record.name), goal)
-        if lies != goal:
-            lies.rename(goal)
-        moved.append(dataclasses.replace(record, export=str(goal.relative_to(run))))
+        for lies in sorted((run / "export").glob(f"*{record.name}*")):
+            found = re.fullmatch(rf"(?:\d+-)?({re.escape(record.name)}(?:\..+)?)", lies.name)
+            if found and lies.name != f"{rank}-{found[1]}":
+                lies.rename(lies.with_name(f"{rank}-{found[1]}"))
+        name = record.export and re.sub(r"^\d+-", "", Path(record.export).name)
+        moved.append(dataclasses.replace(record, export=f"export/{rank}-{name}" if name else None))
         write_final(run, moved[-1])
     return moved
 
