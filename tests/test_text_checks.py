@@ -103,7 +103,7 @@ def test_a_model_without_chat_template_is_told_before_anything_is_loaded(tmp_pat
 
 
 def test_files_with_too_little_text_are_told(tmp_path):
-    small = lines(tmp_path, "small", "a", count=6, words=2)
+    small = lines(tmp_path, "small", "a", count=16, words=1)
     held = sum(map(len, data.documents(small, "fit")))
     with pytest.raises(ConfigError, match=f"yields at most {held} tokens, a sequence needs 128") as caught:
         text_checks.check_amounts(study_of(**tuned(corpus=small)))
@@ -131,6 +131,6 @@ def test_refused_contamination_is_told_by_validate(tmp_path):
         if not refused:
             text_checks.check_contamination(study, reported)
             continue
-        with pytest.raises(ConfigError, match=f"report items stand in .*{item.id}") as caught:
+        with pytest.raises(ConfigError, match="of the report items stand in") as caught:
             text_checks.check_contamination(study, reported)
         assert caught.value.where == "trial.calibration.corpus"

@@ -16,6 +16,7 @@ from adasearch.trial import run_trial
 from adasearch.tuning import generation, tasks
 from adasearch.workbench import Workbench
 from tests.test_data import texts
+from tests.test_streams import lines
 
 NEEDS = frozenset({"moments", "gradient"})
 
@@ -182,12 +183,12 @@ def test_the_dense_model_makes_text_once_for_all(tiny_checkpoint, tmp_path, monk
     recovery = component(RECOVERY, {"type": "full", "tokens": 512, "length": 32, "batch": 2,
                                     "packing": "documents"}, "recovery")  # fmt: skip
     mix = {"mix": [{"corpus": "self:length=32:documents=64", "weight": 1}, {"corpus": "pydoc", "weight": 1}]}
-    mixed = component(RECOVERY, {"type": "lora", "tokens": 512, "length": 32, "batch": 2, "corpus": mix}, "recovery")
+    mixed = component(RECOVERY, {"type": "lora", "tokens": 20_000, "corpus": mix}, "recovery")
     corpus = bench.study.calibration_corpora[0]
     text = bench.recovery_text(recovery, corpus, 0)
     assert text.tokens.shape == (512,)
     assert text.marks is not None
-    assert bench.recovery_text(mixed, corpus, 0).shares == pytest.approx((0.5, 0.5), abs=0.15)
+    assert bench.recovery_text(mixed, corpus, 0).shares == pytest.approx((0.5, 0.5), abs=0.05)
     sample = CalibrationConfig(corpus=corpus, samples=4, length=16)
     assert bench.sample_tokens(sample).shape == (4, 16)
     assert bench.statistics(bench.structure(), sample, UnitsConfig(), NEEDS).families == NEEDS
@@ -198,8 +199,8 @@ def test_the_dense_model_makes_text_once_for_all(tiny_checkpoint, tmp_path, monk
 
 
 def test_a_corpus_with_too_little_text_fails_the_trial_by_its_key(tiny_checkpoint, tmp_path):
-    (tmp_path / "small.txt").write_text("\n\n".join(texts(6, words=3)))
+    small = lines(tmp_path, "small", "a", count=8, words=3)
     bench = _bench(tiny_checkpoint, tmp_path, "pydoc")
-    recovery = component(RECOVERY, {"type": "full", "corpus": str(tmp_path / "small.txt")}, "recovery")
+    recovery = component(RECOVERY, {"type": "full", "corpus": small}, "recovery")
     with pytest.raises(TrialError, match=r"recovery\.corpus: corpus .*a sequence needs 256"):
         bench.recovery_text(recovery, "pydoc", 0)
