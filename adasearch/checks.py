@@ -239,9 +239,10 @@ def _check_text(study: StudyConfig, source: ModelSource, reported: dict[str, tup
 def _items(study: StudyConfig, role: Role, where: str) -> dict[str, tuple[Item, ...]]:
     key = "report.tasks" if role == "report" else "objective.search"
     try:
-        return tasks.study_items(study, role)
+        found: dict[str, tuple[Item, ...]] = tasks.study_items(study, role)
     except DataError as error:
         raise DataError(f"{join(where, key)}: {error}") from error
+    return found
 
 
 def _digest(source: ModelSource) -> str:

@@ -112,7 +112,8 @@ def _field_names(cls: type, path: tuple[object, ...]) -> list[str]:
     """Return the fields of the dataclass that lies at `path` below `cls`, empty where it cannot be told."""
     for key in path:
         if isinstance(key, int):  # in a list
-            cls = next((kind for kind in get_args(cls) if dataclasses.is_dataclass(kind)), type(None))  # type: ignore[assignment]
+            found: Any = next((kind for kind in get_args(cls) if dataclasses.is_dataclass(kind)), type(None))
+            cls = found
             continue
         if not dataclasses.is_dataclass(cls):
             return []

@@ -84,8 +84,7 @@ def documents(model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling
         ConfigError: the model cannot make them.
     """
     check(sampling, model, tokenizer)
-    bos = tokenizer.bos_token_id
-    start = int(bos if bos is not None else tokenizer.eos_token_id)  # type: ignore[arg-type]
+    start: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     texts: list[str] = []
     for first in range(0, sampling.documents, BATCH):
         drawn = sample(model, start, sampling, first, BATCH)
