@@ -8,11 +8,68 @@ from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 
-from adasearch.documents import Count, Fraction, NonNegative, Positive, Share, value
+from adasearch.documents import Count, Fraction, Index, NonNegative, Positive, Share, parse, value
+from adasearch.errors import ConfigError
 
 Cost = Literal["parameters", "latency", "memory"]
 Metric = Literal["margin", "log_score", "acc", "acc_norm"]
 SamplerType = Literal["auto", "botorch", "tpe", "gp", "nsga2", "random", "cmaes", "evolution"]
+
+
+@value
+class MixPart:
+    """One corpus of a mixture, and its share of the tokens in proportion to the other weights."""
+
+    corpus: str
+    weight: Positive
+
+
+def _some(parts: tuple[MixPart, ...]) -> tuple[MixPart, ...]:
+    if not parts:
+        raise ValueError("must name a corpus")
+    return parts
+
+
+@value
+class Mix:
+    """Several corpora read together: ``{mix: [{corpus: pydoc, weight: 2}, {corpus: stdlib, weight: 1}]}``."""
+
+    mix: Annotated[tuple[MixPart, ...], pydantic.AfterValidator(_some)]
+
+    @staticmethod
+    def of(corpus: str | Mix) -> Mix:
+        """Return what is read: a mixture as it is, a corpus as one of a single part."""
+        return corpus if isinstance(corpus, Mix) else Mix(mix=(MixPart(corpus=corpus, weight=1.0),))
+
+
+def _text(given: Any, info: pydantic.ValidationInfo) -> Any:
+    if given is None or isinstance(given, str | Mix):
+        return given
+    if isinstance(given, dict):
+        return parse(Mix, given, str(info.field_name))
+    problem = f"must be a corpus or {{mix: [{{corpus: .., weight: ..}}]}}, given {given!r}"
+    raise ConfigError(str(info.field_name), problem)
+
+
+Text = Annotated[str | Mix | None, pydantic.PlainValidator(_text)]
+"""What a recovery reads: a corpus, a mixture, or None for what the trial is calibrated on."""
+
+
+@value
+class Sampling:
+    """Text that the dense model makes itself: the settings of the corpus ``self``.
+
+    Args:
+        temperature: what logits are divided by; 1 is the model's own distribution, less is more likely text.
+        length: tokens of each document.
+        documents: how many there are, over all parts of the corpus.
+        seed: of what is drawn.
+    """
+
+    temperature: Positive = 1.0
+    length: Annotated[int, pydantic.Field(ge=16, le=8192)] = 256
+    documents: Count = 256
+    seed: Index = 0
 
 
 @value
@@ -107,13 +164,19 @@ class ObjectiveConfig:
 
 @value
 class ReportConfig:
-    """What is scored once, at the end: tasks by name; perplexity on the first tokens of corpora, by window length."""
+    """What is scored once, at the end: tasks by name; perplexity on the first tokens of corpora, by window length.
+
+    `contamination` says what becomes of a document of calibration or recovery in which an item of `tasks` stands, see
+    `tuning.contamination`: it is left out (``drop``, counted in the trial's notes), ends the work (``refuse``), or is
+    read all the same (``allow``).
+    """
 
     tasks: tuple[str, ...]
     items: Count | None = None
     perplexity: tuple[str, ...] = ()
     perplexity_tokens: Count = 65536
     windows: tuple[Count, ...] = (128, 2048)
+    contamination: Literal["drop", "refuse", "allow"] = "drop"
 
 
 def _workers(given: Any) -> Any:

@@ -6,6 +6,7 @@ outline -> calibrate -> score -> allocate -> select -> cut + compensate -> measu
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from adasearch import costs, environment, models, outlining, racing, registry
 from adasearch.config import Component, TaskScore, TrialConfig, TrialResult, mean_of
 from adasearch.errors import ConfigError, TrialError
 from adasearch.promotion import Gate
-from adasearch.pruning import allocation, schedule, surgery
+from adasearch.pruning import allocation, schedule, statistics, surgery
 from adasearch.pruning.plan import PruningPlan
 from adasearch.pruning.schedule import ScheduleContext
 from adasearch.pruning.structure import WHOLE, Outline
@@ -159,7 +160,7 @@ def recover(
     """Tune the smaller model in place and return what was done; `look` is that of a `RecoveryContext`."""
     clock.enter("recover")
     outline = pruned.structure.outline
-    tokens = bench.recovery_tokens(recovery, config.calibration.corpus, config.seed, outline)
+    text = bench.recovery_text(recovery, config.calibration.corpus, config.seed, outline)
     taught = getattr(recovery.options, "distill", 0.0) > 0
     if taught and outline.tokens is not None:
         raise TrialError("config", "recovery.distill must be 0 where tokens go: the teacher knows others", "recover")
@@ -168,11 +169,12 @@ def recover(
         device=str(bench.device),
         report=lambda step, total, _loss: clock.enter("recover", step / total),
         teacher=bench.dense() if taught else None,
+        marks=text.marks,
         look=look,
     )
     entry = registry.RECOVERY.get(recovery.type)
-    report: RecoveryReport = entry.function(pruned.model, pruned.structure, tokens, recovery.options, context)
-    return report
+    report: RecoveryReport = entry.function(pruned.model, pruned.structure, text.tokens, recovery.options, context)
+    return dataclasses.replace(report, dropped=text.dropped)
 
 
 class Stopped(Exception):  # noqa: N818 - a decision, no error; it must pass through the training loop
@@ -360,9 +362,10 @@ def run_trial(
         widths, parameters = pruned.plan.dense_widths(pruned.structure), pruned.plan.parameters
         cost = weigh(pruned.model, pruned, bench, clock)  # recovery changes none of it, and every trial has it
         ascent = Ascent(pruned, bench, clock, gates)
+        notes = _sample_notes(config, bench, pruned.structure.outline)
         try:
             ascent.measure()
-            notes = _loss_notes(recover(pruned, config.recovery, config, bench, clock, ascent.look))
+            notes |= _loss_notes(recover(pruned, config.recovery, config, bench, clock, ascent.look))
             found = evaluate(pruned.model, bench, clock, race, pruned.structure.outline)
         except Stopped as stopped:
             found = stopped.found
@@ -390,9 +393,27 @@ def run_trial(
     return result, found.values
 
 
+def _sample_notes(config: TrialConfig, bench: Workbench, outline: Outline) -> dict[str, float | str]:
+    """Return how many documents the calibration passed over because report items stand in them, if any."""
+    needs = statistics.by_corpus(schedule.needs(config))
+    read = [corpus or config.calibration.corpus for corpus, families in needs.items() if families]
+    samples = [dataclasses.replace(config.calibration, corpus=corpus) for corpus in read]
+    dropped = sum(bench.sample_dropped(sample, outline) for sample in samples)
+    return {"calibration_dropped": float(dropped)} if dropped else {}
+
+
 def _loss_notes(report: RecoveryReport) -> dict[str, float | str]:
-    """Return the loss of the first step and the mean over the last quarter of the steps (nats per token)."""
+    """Return the loss of the first step and the mean over the last quarter of the steps (nats per token).
+
+    And how many documents were left out of the text because report items stand in them, if any.
+    """
     if not report.losses:
         return {}
     tail = report.losses[-max(1, len(report.losses) // 4) :]
-    return {"loss_first": report.losses[0], "loss_last": sum(tail) / len(tail), "recovery_tokens": float(report.tokens)}
+    dropped = {"recovery_dropped": float(report.dropped)} if report.dropped else {}
+    return {
+        "loss_first": report.losses[0],
+        "loss_last": sum(tail) / len(tail),
+        "recovery_tokens": float(report.tokens),
+        **dropped,
+    }

@@ -297,7 +297,8 @@ class _Attend(torch.autograd.Function):
         batch, key_heads, size, scale = layout
         q, k, v = (_by_key_head(x, batch, key_heads, size) for x in (q, k, v))
         length, groups = k.shape[1], q.shape[1] // k.shape[1]
-        shift = mask.repeat(groups, 1)[None]
+        shift = mask.repeat(*(1,) * (mask.dim() - 2), groups, 1)
+        shift = shift[None] if mask.dim() == 2 else shift.repeat_interleave(key_heads, 0)
         weights = torch.baddbmm(shift, q, k.transpose(1, 2), alpha=scale).softmax(-1)
         out = torch.bmm(weights, v)
         ctx.layout = (batch, length, scale)
@@ -332,7 +333,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, layout: Layout) -> Ten
         q: N × (H E).
         k: N × (key heads E).
         v: as k.
-        mask: added to the scores, T × T.
+        mask: added to the scores, T × T, or B × T × T where the sequences have their own.
         layout: of the rows.
     """
     result: Tensor = _Attend.apply(q, k, v, mask, tuple(layout))  # type: ignore[no-untyped-call]

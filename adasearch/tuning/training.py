@@ -15,13 +15,14 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from adasearch.documents import value
 from adasearch.errors import TrialError
+from adasearch.streams import Marks
 from adasearch.tuning import decoder
 from adasearch.tuning.decoder import Updates
 from adasearch.tuning.head import HeadRows
@@ -66,23 +67,47 @@ class TrainingConfig:
         return TrainingConfig(**{name: getattr(options, name) for name in names})
 
 
-def sequences(tokens: Tensor, config: TrainingConfig) -> Iterator[Tensor]:
-    """Yield the batches of a run, each B × T, in the order of the stream, which starts again where it ends.
+class Batch(NamedTuple):
+    """The sequences of one step: ids B × T, and the marks of those tokens where the stream has any."""
+
+    ids: Tensor
+    marks: Marks | None = None
+
+    def to(self, device: str | torch.device) -> Batch:
+        """Return the same on a device."""
+        return Batch(self.ids.to(device), None if self.marks is None else self.marks.to(device))
+
+
+def batches(tokens: Tensor, config: TrainingConfig, marks: Marks | None = None) -> Iterator[Batch]:
+    """Yield the batches of a run in the order of the stream, which starts again where it ends.
 
     Args:
         tokens: 1-D stream of token ids.
         config: says how many batches of which size.
+        marks: of the tokens; such a stream holds whole sequences.
 
     Raises:
-        TrialError: the stream holds fewer than two tokens.
+        TrialError: the stream holds fewer than two tokens, or marked ones that are no whole sequences.
     """
+    if marks is not None and tokens.numel() % config.length:
+        problem = f"packed tokens must be whole sequences of {config.length}, given {tokens.numel()} tokens"
+        raise TrialError("config", problem, PHASE)
     if tokens.dim() != 1 or tokens.numel() < 2:
         problem = f"the recovery stream must be 1-D and hold at least 2 tokens, given shape {tuple(tokens.shape)}"
         raise TrialError("config", problem, PHASE)
     size = config.batch * config.length
     offsets = torch.arange(size)
     for step in range(config.steps):
-        yield tokens[(offsets + step * size) % tokens.numel()].view(config.batch, config.length)
+        places = ((offsets + step * size) % tokens.numel()).view(config.batch, config.length)
+        if marks is None:
+            yield Batch(tokens[places])
+        else:
+            yield Batch(tokens[places], Marks(segments=marks.segments[places], counted=marks.counted[places]))
+
+
+def sequences(tokens: Tensor, config: TrainingConfig) -> Iterator[Tensor]:
+    """Yield the ids of `batches`, B × T each, of a stream without marks."""
+    return (batch.ids for batch in batches(tokens, config))
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
@@ -151,10 +176,14 @@ class _HeadLoss(torch.autograd.Function):
         return grad_hidden * grad, rest[0] * grad if rest else None, None, None, None
 
 
-def _states(model: Any, ids: Tensor, updates: Updates | None = None) -> tuple[Tensor, Tensor]:
-    """Return the last hidden states, (B (T - 1)) × D, that predict a next token, and the head's weight, V × D."""
-    hidden = decoder.hidden_states(model, ids, updates=updates)
-    return hidden[:, :-1].flatten(0, 1), model.get_output_embeddings().weight
+def _states(
+    model: Any, ids: Tensor, updates: Updates | None = None, marks: Marks | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the last hidden states, N × D, that predict a token which counts, and the head's weight, V × D."""
+    segments = None if marks is None else marks.segments
+    hidden = decoder.hidden_states(model, ids, updates=updates, segments=segments)[:, :-1].flatten(0, 1)
+    weight = model.get_output_embeddings().weight
+    return (hidden if marks is None else hidden[marks.predicted().flatten()]), weight
 
 
 def next_token_loss(
@@ -164,8 +193,9 @@ def next_token_loss(
     updates: Updates | None = None,
     teacher: nn.Module | None = None,
     distill: float = 0.0,
+    marks: Marks | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the mean loss to minimise and its next-token part, in nats per predicted token.
+    """Return the mean loss to minimise and its next-token part, in nats per predicted token that counts.
 
     Args:
         model: causal language model that `decoder` takes, with a linear output head without bias.
@@ -173,13 +203,14 @@ def next_token_loss(
         updates: low-rank updates of the model's linear layers.
         teacher: model of the same vocabulary; used where `distill` is above 0.
         distill: weight of KL(teacher || model).
+        marks: of `ids`, B × T; at least one token must count. None: all do, and sequences are whole.
     """
-    hidden, weight = _states(model, ids, updates)
-    targets = ids[:, 1:].flatten()
+    hidden, weight = _states(model, ids, updates, marks)
+    targets = ids[:, 1:].flatten() if marks is None else ids[:, 1:][marks.predicted()]
     logits = None
     if teacher is not None and distill > 0:
         with torch.no_grad():
-            states, head = _states(teacher, ids)
+            states, head = _states(teacher, ids, marks=marks)
 
         def logits(part: slice) -> Tensor:
             return states[part] @ head.T
@@ -253,7 +284,7 @@ def train(
         masters: of those parameters.
         tokens: 1-D stream of token ids.
         config: the run.
-        context: progress callback, device, teacher.
+        context: progress callback, device, teacher, marks of the tokens.
         updates: low-rank updates of the model's linear layers.
 
     Raises:
@@ -264,9 +295,11 @@ def train(
         raise TrialError("config", f"distill {config.distill} needs the dense model, given none", PHASE)
     start = time.monotonic()
     losses: list[float] = []
-    for step, ids in enumerate(sequences(tokens, config)):
-        batch = ids.to(context.device)
-        total, nll = next_token_loss(model, batch, updates=updates, teacher=context.teacher, distill=config.distill)
+    for step, drawn in enumerate(batches(tokens, config, context.marks)):
+        ids, marks = drawn.to(context.device)
+        total, nll = next_token_loss(
+            model, ids, updates=updates, teacher=context.teacher, distill=config.distill, marks=marks
+        )
         total.backward()  # type: ignore[no-untyped-call]
         norm = masters.step(learning_rate(step, config))
         loss = float(total.detach())

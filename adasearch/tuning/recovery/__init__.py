@@ -5,28 +5,59 @@ Signature of an entry::
     recover(model: nn.Module, structure: ModelStructure, tokens: LongTensor, options, context: RecoveryContext)
         -> RecoveryReport
 
-`tokens` is a 1-D stream. The model is changed in place and is left in eval mode, of the dtype and shapes it had, with
-adapters merged and nothing that requires a gradient, also where an error is raised. Loss that is not finite raises
-``TrialError("nan", ..., "recover")``. Entries that train have the options `corpus` and `tokens`, read by the trial,
-which fetches the stream: `corpus` None means the corpus of the calibration. An option `distill` above 0 asks for the
-dense model in the context.
+`tokens` is a 1-D stream; where `RecoveryContext.marks` is given, it says which of them belong together and which
+count, and `training.train` heeds it. The model is changed in place and is left in eval mode, of the dtype and shapes it
+had, with adapters merged and nothing that requires a gradient, also where an error is raised. Loss that is not finite
+raises ``TrialError("nan", ..., "recover")``. Entries that train have the options of `TextOptions` and `tokens`, read by
+the trial, which fetches the stream: `corpus` None means the corpus of the calibration. An option `distill` above 0 asks
+for the dense model in the context.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import pydantic
 
 from adasearch.documents import value
+from adasearch.errors import ConfigError
+from adasearch.sections import Text
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from adasearch.streams import Marks
     from adasearch.tuning.decoder import Updates
 
 SequenceLength = Annotated[int, pydantic.Field(ge=8, le=8192)]
+
+
+@value
+class TextOptions:
+    """What a recovery reads: settings that all have which train; their options are derived from these.
+
+    Args:
+        corpus: text to train on: a corpus, or a mixture; None takes the corpus of the calibration.
+        packing: ``stream`` lays documents end to end and cuts sequences anywhere; with ``documents`` a sequence holds
+            whole documents where they are not longer than it, none sees another, and positions start at 0 in each.
+        loss: which tokens count where the text has conversations (``chat/<corpus>``): all, or the answers alone. Of
+            plain text all count.
+    """
+
+    corpus: Text = None
+    packing: Literal["stream", "documents"] = "stream"
+    loss: Literal["all", "answers"] = "all"
+
+    def __post_init__(self) -> None:
+        """Check that answers are trained on beside their own questions.
+
+        Raises:
+            ConfigError: they would be cut from them.
+        """
+        if self.loss == "answers" and self.packing != "documents":
+            raise ConfigError("packing", "must be documents where loss is answers, given stream: it would cut answers "
+                                         "from their questions")  # fmt: skip
 
 
 @value
@@ -38,6 +69,7 @@ class RecoveryContext:
         device: where the model lies.
         report: called after each step with (steps done, steps, loss); it may raise to stop the training.
         teacher: the dense model, needed only where the option `distill` is above 0.
+        marks: of `tokens`, for documents that are packed, or counted in part; None is a plain stream.
         look: called after each step but the last with (steps done, steps, low-rank updates that are not merged yet); it
             may measure the model, and raise to stop the training.
     """
@@ -46,6 +78,7 @@ class RecoveryContext:
     device: str = "cpu"
     report: Callable[[int, int, float], None] | None = None
     teacher: nn.Module | None = None
+    marks: Marks | None = None
     look: Callable[[int, int, Updates], None] | None = None
 
 
@@ -58,9 +91,11 @@ class RecoveryReport:
         tokens: tokens that were trained on.
         seconds: wall time.
         epochs: `tokens` over the length of the stream; above 1 the stream was repeated.
+        dropped: documents that were left out of the stream because a report item stands in them.
     """
 
     losses: tuple[float, ...] = ()
     tokens: int = 0
     seconds: float = 0.0
     epochs: float = 0.0
+    dropped: int = 0

@@ -14,12 +14,12 @@ from adasearch.errors import TrialError
 from adasearch.pruning.structure import ModelStructure
 from adasearch.registry import RECOVERY
 from adasearch.tuning.decoder import Update
-from adasearch.tuning.recovery import RecoveryContext, RecoveryReport, SequenceLength
+from adasearch.tuning.recovery import RecoveryContext, RecoveryReport, SequenceLength, TextOptions
 from adasearch.tuning.training import PHASE, Masters, TrainingConfig, seeded, train
 
 
 @value
-class LoraOptions:
+class LoraOptions(TextOptions):
     """Settings of LoRA.
 
     Args:
@@ -34,7 +34,6 @@ class LoraOptions:
         warmup: share of the steps with a rising rate.
         grad_clip: greatest gradient norm.
         distill: weight of KL(dense || smaller) beside the next-token loss; costs one dense forward per step.
-        corpus: text to train on; None takes the corpus of the calibration.
     """
 
     rank: Count = 8
@@ -48,7 +47,6 @@ class LoraOptions:
     warmup: Share = 0.1
     grad_clip: Positive = 1.0
     distill: NonNegative = 0.0
-    corpus: str | None = None
 
 
 def _targets(model: nn.Module, structure: ModelStructure, targets: str) -> list[nn.Linear]:
