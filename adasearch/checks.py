@@ -26,6 +26,7 @@ from adasearch.search.seeds import Seeds, find_seeds
 from adasearch.search.space import MANY_PARAMETERS, Space
 from adasearch.sections import ClusterConfig, Cost
 from adasearch.tuning import tasks
+from adasearch.tuning.recovery import check as check_recovery
 
 if TYPE_CHECKING:
     from adasearch.checkpoints import ModelSource
@@ -138,14 +139,27 @@ def _check_biases(study: StudyConfig, structure: ModelStructure, where: str) -> 
 
 def _check_layers(study: StudyConfig, space: Space, layers: int, where: str) -> None:
     """Refuse ratios by layer that are made for a model of another number of layers, before a trial fails of it."""
-    named = [("trial.allocation", TrialConfig.from_dict(study.trial, "trial"))]
-    for name, recipe in study.recipes.items():
-        named.append((f"recipes.{name}.allocation", TrialConfig.from_dict(merged(study.trial, recipe), name)))
-    # The dimension that gives the ratios before those at whose corners they are merely there.
-    corners = sorted(space.corners(), key=lambda found: not found[0].startswith("allocation."))
-    named += [(join("space", path), corner) for path, corner in corners]
-    for key, trial in named:
+    for key, trial in _trials(study, space, "allocation"):
         allocation.check(trial.allocation, layers, join(where, key))
+
+
+def _check_recovery(study: StudyConfig, space: Space, shape: ModelShape, where: str) -> None:
+    """Refuse recoveries that the model cannot have, such as adapters of a rank above the width of a projection."""
+    structure = architectures.describe(shape, UnitsConfig())
+    found = [(key, trial.recovery) for key, trial in _trials(study, space, "recovery")]
+    for key, part in [*found, ("finalize.recovery", study.finalize.recovery)]:
+        check_recovery(part, structure, shape.shapes, join(where, key))
+
+
+def _trials(study: StudyConfig, space: Space, section: str) -> list[tuple[str, TrialConfig]]:
+    """Return trials that between them have all that may be said of a section, and the key that says so."""
+    named = [(f"trial.{section}", TrialConfig.from_dict(study.trial, "trial"))]
+    for name, recipe in study.recipes.items():
+        named.append((f"recipes.{name}.{section}", TrialConfig.from_dict(merged(study.trial, recipe), name)))
+    # The dimensions of its settings before the choice among its entries, and those at whose corners it is merely there.
+    order = (f"{section}.", section, "")
+    corners = sorted(space.corners(), key=lambda found: [found[0].startswith(part) for part in order].index(True))
+    return named + [(join("space", path), corner) for path, corner in corners]
 
 
 def _check_disk(folder: Path, parameters: int, models_kept: int) -> None:
@@ -207,6 +221,7 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
         for remove in study.removes
     ]
     _check_layers(study, space, shape.layers, where)
+    _check_recovery(study, space, shape, where)
     if out is not None:
         _check_disk(out, structure.parameters, study.finalize.top + 1)
     items = {role: _items(study, role, where) for role in ("search", "select", "report")}

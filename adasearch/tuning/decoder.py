@@ -23,19 +23,21 @@ _PLAIN_LENGTH = 256
 
 
 class Update(NamedTuple):
-    """A low-rank update of one linear layer: y += scale * drop(x) a^T b^T.
+    """A low-rank update of one linear layer: y = gain * (x weight^T + scale * drop(x) a^T b^T) + bias.
 
     Args:
         a: R × inputs.
         b: outputs × R.
         scale: of the update.
         dropout: share of the inputs that is dropped.
+        gain: factor of each output, None for 1.
     """
 
     a: Tensor
     b: Tensor
     scale: float
     dropout: float = 0.0
+    gain: Tensor | None = None
 
 
 Updates = Mapping[nn.Module, Update]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -219,6 +220,38 @@ def next_token_loss(
     return losses
 
 
+class Adapters:
+    """Low-rank updates that ride along the frozen weights of a run; strategies that change them on their way derive.
+
+    Args:
+        updates: by linear module of the model; their factors are what is trained.
+    """
+
+    def __init__(self, updates: Updates) -> None:
+        self._updates = dict(updates)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return what is trained."""
+        return [factor for u in self._updates.values() for factor in (u.a, u.b) if isinstance(factor, nn.Parameter)]
+
+    def updates(self) -> Updates:
+        """Return the updates of the next forward, in the graph of what is trained; made anew for every step."""
+        return self._updates
+
+    def penalty(self) -> Tensor | None:
+        """Return what is added to the loss (float32 scalar), None for nothing."""
+        return None
+
+    def stepped(self, step: int, ids: Tensor, masters: Masters) -> None:
+        """Follow what the optimizer did; nothing here.
+
+        Args:
+            step: that was made, from 1.
+            ids: its batch, B × T.
+            masters: whose copies have moved, still hold their clipped gradients, and may be changed in place.
+        """
+
+
 class Masters:
     """Float32 copies of what is trained, which the optimizer changes; the model's own follow after every step.
 
@@ -230,14 +263,24 @@ class Masters:
     def __init__(self, parameters: Sequence[nn.Parameter], config: TrainingConfig) -> None:
         self.parameters = list(parameters)
         self.copies = [p.detach() if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
+        self._copy_of: dict[Tensor, Tensor] = dict(zip(self.parameters, self.copies, strict=True))
         self._clip = config.grad_clip
         matrices = [c for c in self.copies if c.dim() > 1]
         rest = [c for c in self.copies if c.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         self._adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), fused=True)
 
-    def step(self, rate: float) -> float:
-        """Make one AdamW step at learning rate `rate` from the model's gradients, drop them, return their norm."""
+    def copy(self, parameter: Tensor) -> Tensor:
+        """Return the float32 copy of a parameter."""
+        return self._copy_of[parameter]
+
+    def step(self, rate: float, stepped: Callable[[], None] | None = None) -> float:
+        """Make one AdamW step at learning rate `rate` from the model's gradients, drop them, return their norm.
+
+        Args:
+            rate: of the step.
+            stepped: called before the gradients go; it may change the copies.
+        """
         for copy, parameter in zip(self.copies, self.parameters, strict=True):
             copy.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
@@ -247,6 +290,8 @@ class Masters:
         for group in self._adamw.param_groups:
             group["lr"] = rate
         self._adamw.step()
+        if stepped is not None:
+            stepped()
         self._adamw.zero_grad()  # float32 gradients are not kept through the next forward and backward
         with torch.no_grad():
             for copy, parameter in zip(self.copies, self.parameters, strict=True):
@@ -275,7 +320,7 @@ def train(
     tokens: Tensor,
     config: TrainingConfig,
     context: RecoveryContext,
-    updates: Updates | None = None,
+    adapters: Adapters | None = None,
 ) -> RecoveryReport:
     """Train what `masters` holds on the stream and return what happened; call it inside `seeded`.
 
@@ -285,7 +330,7 @@ def train(
         tokens: 1-D stream of token ids.
         config: the run.
         context: progress callback, device, teacher, marks of the tokens.
-        updates: low-rank updates of the model's linear layers.
+        adapters: low-rank updates of the model's linear layers, None for none.
 
     Raises:
         TrialError: kind ``nan`` where a loss or gradient is not finite; kind ``config`` where the stream is too short
@@ -293,15 +338,19 @@ def train(
     """
     if config.distill > 0 and context.teacher is None:
         raise TrialError("config", f"distill {config.distill} needs the dense model, given none", PHASE)
+    riding = adapters or Adapters({})
     start = time.monotonic()
     losses: list[float] = []
     for step, drawn in enumerate(batches(tokens, config, context.marks)):
-        ids, marks = drawn.to(context.device)
+        batch, marks = drawn.to(context.device)
         total, nll = next_token_loss(
-            model, ids, updates=updates, teacher=context.teacher, distill=config.distill, marks=marks
+            model, batch, updates=riding.updates(), teacher=context.teacher, distill=config.distill, marks=marks
         )
+        penalty = riding.penalty()
+        total = total if penalty is None else total + penalty
         total.backward()  # type: ignore[no-untyped-call]
-        norm = masters.step(learning_rate(step, config))
+        rate, stepped = learning_rate(step, config), functools.partial(riding.stepped, step + 1, batch, masters)
+        norm = masters.step(rate, stepped)
         loss = float(total.detach())
         losses.append(float(nll))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -311,7 +360,8 @@ def train(
         if context.report is not None:
             context.report(step + 1, config.steps, losses[-1])
         if context.look is not None and step + 1 < config.steps:
-            whole = {module: u._replace(dropout=0.0) for module, u in (updates or {}).items()}
+            with torch.no_grad():
+                whole = {module: u._replace(dropout=0.0) for module, u in riding.updates().items()}
             context.look(step + 1, config.steps, whole)
     trained = config.steps * config.batch * config.length
     seconds = time.monotonic() - start

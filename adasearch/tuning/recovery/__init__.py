@@ -11,26 +11,55 @@ had, with adapters merged and nothing that requires a gradient, also where an er
 raises ``TrialError("nan", ..., "recover")``. Entries that train have the options of `TextOptions` and `tokens`, read by
 the trial, which fetches the stream: `corpus` None means the corpus of the calibration. An option `distill` above 0 asks
 for the dense model in the context.
+
+Fact `check`: what is wrong with the options for projections of given shapes, ``check(options, shapes)``; it raises a
+ConfigError that names the setting. It is asked with the dense model's shapes before any work, and again after the cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import pydantic
 
-from adasearch.documents import value
+from adasearch.documents import join, value
 from adasearch.errors import ConfigError
+from adasearch.registry import RECOVERY
 from adasearch.sections import Text
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from adasearch.config import Component
+    from adasearch.pruning.structure import ModelStructure
     from adasearch.streams import Marks
     from adasearch.tuning.decoder import Updates
 
 SequenceLength = Annotated[int, pydantic.Field(ge=8, le=8192)]
+
+
+def check(component: Component, structure: ModelStructure, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Make sure that a model can be recovered as `component` says, as far as that shows before the cut.
+
+    Args:
+        component: a recovery.
+        structure: of the dense model.
+        shapes: of its parameters by full name.
+        where: key of the recovery, or of the setting that made it so.
+
+    Raises:
+        ConfigError: names the key below `where`, and what must hold.
+    """
+    facts = RECOVERY.get(component.type).facts
+    names = {name: name.removesuffix(".weight") for name in shapes}
+    linear = {n: shapes[key] for key, n in names.items() if n.rpartition(".")[2] in structure.lora_targets}
+    try:
+        if "check" in facts:
+            facts["check"](component.options, linear)
+    except ConfigError as error:
+        key = where if where.endswith(f".{error.where}") else join(where, error.where)
+        raise ConfigError(key, error.problem) from None
 
 
 @value
