@@ -323,8 +323,8 @@ def _panel(group: Group, found: Mapping[str, Curves], colour: Mapping[str, str],
     parts.append(f'<text x="{(left + right) / 2}" y="{bottom + 32}" text-anchor="middle">cost, in whole trials; '
                  "held-out value of the choice: 0 median random point, 1 best known</text>")  # fmt: skip
     for name, line in shown.items():
-        points = " ".join("{:.1f},{:.1f}".format(*place((i + 1) / PER_TRIAL, max(low, float(y))))
-                          for i, y in enumerate(line))  # fmt: skip
+        bends = [i for i in range(len(line)) if i in {0, len(line) - 1} or len(set(line[i - 1 : i + 2])) > 1]
+        points = " ".join("{:.1f},{:.1f}".format(*place((i + 1) / PER_TRIAL, max(low, float(line[i])))) for i in bends)
         dash = ' stroke-dasharray="5 3"' if name.endswith("by posterior") else ""
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour[name]}" stroke-width="2"{dash}/>')
     return "".join(parts)

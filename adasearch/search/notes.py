@@ -105,6 +105,6 @@ def study_note(config: StudyConfig, dense: TrialResult | None, best: Record | No
         "",
         "The best of many noisy scores is too high; the report has scores on items that the search never saw.",
         "",
-        "Export a trial: `adasearch export RUN --trial N --format hf`",
+        "Make a trial again and compare: `adasearch replay RUN --trial N`",
     ]
     return "\n".join(lines)
