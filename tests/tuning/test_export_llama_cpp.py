@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from adasearch import models
-from adasearch.config import UnitsConfig
 from adasearch.loading import GGUF
 from adasearch.pruning import architectures, surgery
 from adasearch.pruning.plan import make_plan
-from adasearch.sections import ModelConfig
+from adasearch.sections import ModelConfig, UnitsConfig
 from adasearch.tuning.export import _verify, gguf
 from tests.tuning.test_export import BYTES, LAYERS, UNEVEN, Case, make_case
 
