@@ -26,8 +26,13 @@ def tiny_checkpoint(tmp_path_factory):
     return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-llama")
 
 
-FRESH = ("tests/tuning/test_export", "tests/contracts/test_export", "tests/test_outlined", "tests/test_real_model")
-"""Modules whose exports are opened in a fresh process, as a user's are; it takes seconds of imports each time."""
+FRESH = (
+    "tests/tuning/test_export",
+    "tests/contracts/test_export",
+    "tests/test_outlined.py::test_an_export_opens_as_the_same_model[mixed",
+    "tests/test_real_model",
+)
+"""Tests whose exports are opened in a fresh process, as a user's are; it takes seconds of imports each time."""
 
 
 @pytest.fixture(autouse=True)
