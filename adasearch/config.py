@@ -321,6 +321,7 @@ class StudyConfig:
         """Return the mapping that `study_from_dict` reads back: the ``config.yaml`` of a run."""
         data: dict[str, Any] = plain(self)
         data["space"] = plain(self.space.dimensions)
+        data["budget"] = self.budget.to_dict()
         data["finalize"]["recovery"] = self.finalize.recovery.to_dict()
         data["finalize"]["formats"] = [item.to_dict() for item in self.finalize.formats]
         return data
@@ -328,16 +329,21 @@ class StudyConfig:
     def budget_of(self, trial: TrialConfig) -> BudgetConfig:
         """Return the budget of a trial: the study's, but for what the trial itself says of it."""
         own = trial.budget.remove
-        return self.budget if own is None else dataclasses.replace(self.budget, remove=own)
+        return self.budget if own is None else self.budget.removing(own)
 
     @property
-    def removes(self) -> tuple[float, float]:
-        """Return the least and the greatest fraction of the parameters that its trials remove."""
+    def removes(self) -> tuple[float, float] | None:
+        """Return the least and the greatest fraction of the parameters that its trials remove.
+
+        None where the budget is in another cost, and each trial's own ratios decide.
+        """
         spec = self.space.dimensions.get("budget.remove", {})
         given = spec.get("float", spec.get("choice"))
         given = given.get("range", given.get("choices")) if isinstance(given, dict) else given
         own = self.trial.get("budget", {}).get("remove") or self.budget.remove
-        return (min(given), max(given)) if given else (own, own)
+        if given:
+            return min(given), max(given)
+        return None if own is None else (own, own)
 
     @property
     def races(self) -> bool:

@@ -76,7 +76,7 @@ def memory(parameters: int, elements: int, tokens: int, itemsize: int) -> int:
     return itemsize * (parameters + tokens * elements)
 
 
-def _seconds(model: Any, ids: torch.Tensor) -> float:
+def pass_seconds(model: Any, ids: torch.Tensor) -> float:
     """Return the seconds of one forward pass, up to the logits of the last token, as generation needs them."""
     on_gpu = ids.device.type == "cuda"
     if on_gpu:
@@ -133,13 +133,13 @@ def latency(model: Any, other: Any, tokens: int) -> Latency:
     begun = time.perf_counter()
     with torch.inference_mode():
         for each in (model, other):  # kernels and memory are made ready by the first pass
-            _seconds(each, ids)
+            pass_seconds(each, ids)
         while len(pairs) < LEAST_PAIRS or (len(pairs) < MOST_PAIRS and time.perf_counter() - begun < PAIRS_SECONDS):
             if len(pairs) % 2:  # who goes first changes, so that a drift favours neither
-                late = _seconds(other, ids)
-                pairs.append((_seconds(model, ids), late))
+                late = pass_seconds(other, ids)
+                pairs.append((pass_seconds(model, ids), late))
             else:
-                pairs.append((_seconds(model, ids), _seconds(other, ids)))
+                pairs.append((pass_seconds(model, ids), pass_seconds(other, ids)))
     times = np.array(pairs)
     ratios = times[:, 0] / times[:, 1]
     return Latency(seconds=float(np.median(times[:, 0])), share=float(np.median(ratios)), spread=median_error(ratios))

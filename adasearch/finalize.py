@@ -12,7 +12,7 @@ import numpy as np
 
 from adasearch import data, registry
 from adasearch.config import Component, FinalizeConfig, StudyConfig, TaskScore, TrialConfig
-from adasearch.documents import plain, value
+from adasearch.documents import value
 from adasearch.environment import versions
 from adasearch.errors import ConfigError, DataError, NoTrialError, TrialError
 from adasearch.pruning.structure import WHOLE, Outline
@@ -261,7 +261,9 @@ def _export(pruned: Pruned, task: FinalTask, record: FinalRecord, bench: Workben
         trial=None if task.role == "pruned" else task.trial,
         recipe=task.recipe,
         config=task.config,
-        budget=plain(study.budget_of(TrialConfig.from_dict(task.config, "trial")) if task.config else study.budget),
+        budget=(
+            study.budget_of(TrialConfig.from_dict(task.config, "trial")) if task.config else study.budget
+        ).to_dict(),
         recovery=task.recovery.to_dict() if task.recovery and task.recovery.type != "none" else None,
         record=record,
         dense=next((r for r in read_finals(bench.run) if r.role == "dense"), None),

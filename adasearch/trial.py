@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adasearch import costs, environment, models, outlining, racing, registry
+from adasearch import costs, environment, goals, models, outlining, racing, registry
 from adasearch.config import Component, TaskScore, TrialConfig, TrialResult, mean_of
 from adasearch.errors import ConfigError, TrialError
 from adasearch.promotion import Gate
@@ -144,8 +144,8 @@ def prune(config: TrialConfig, bench: Workbench, clock: Clock) -> Pruned:
         schedule.check(config)
     statistics = bench.statistics(structure, config.calibration, config.units, schedule.needs(config))
     clock.enter("plan")
-    context = context_of(config, bench, structure, statistics)
     with refusals("plan"):
+        context = goals.met(context_of(config, bench, structure, statistics), goals.of_bench(config, bench))
         decision = schedule.decide(context)
     clock.enter("cut")
     model = surgery.cut(base.config, base.weights, structure, decision.plan, models.own_weights(base))
@@ -363,6 +363,7 @@ def run_trial(
         cost = weigh(pruned.model, pruned, bench, clock)  # recovery changes none of it, and every trial has it
         ascent = Ascent(pruned, bench, clock, gates)
         notes = _sample_notes(config, bench, pruned.structure.outline)
+        notes |= goals.notes(goals.of_bench(config, bench), pruned.structure, pruned.plan)
         try:
             ascent.measure()
             notes |= _loss_notes(recover(pruned, config.recovery, config, bench, clock, ascent.look))

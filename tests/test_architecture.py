@@ -14,6 +14,7 @@ FLOORS = [
     ["errors"],
     ["registry"],
     ["documents"],
+    ["fresh"],
     ["racing", "library", "sections", "pareto", "passages"],
     ["promotion"],
     ["config"],
@@ -32,7 +33,9 @@ FLOORS = [
     ["tuning", "loading"],
     ["search"],
     ["environment", "workbench"],
-    ["outlining", "costs", "text_checks"],
+    ["costs", "latencies"],
+    ["goals"],
+    ["outlining", "text_checks"],
     ["trial"],
     [
         "worker",

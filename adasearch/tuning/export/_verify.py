@@ -8,15 +8,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adasearch.documents import parse, plain, value
-from adasearch.errors import AdaSearchError, ConfigError, ModelError
+from adasearch import fresh
+from adasearch.documents import parse, value
+from adasearch.errors import ConfigError, ModelError
 from adasearch.registry import EXPORT
 from adasearch.tuning.export import MARKER, SUMS, VerifyReport
 
@@ -27,8 +25,6 @@ PROMPTS = 8
 LENGTH = 24
 NEW_TOKENS = 16
 SAMPLED = 16
-ANSWER = "adasearch-verify:"
-SECONDS = 3600
 WEIGHTS = ("*.safetensors", "*.gguf")
 
 
@@ -158,21 +154,8 @@ def open_and_compare(folder: Path, reference: Path | None, device: str) -> Opene
 
 
 def _open_fresh(folder: Path, reference: Path | None, device: str) -> Opened:
-    """Do `open_and_compare` in a new interpreter that is told to stay off the network."""
-    root = str(Path(__file__).resolve().parents[3])
-    with tempfile.TemporaryDirectory() as modules:
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_MODULES_CACHE": modules}
-        env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [sys.executable, "-m", __name__, str(folder.resolve()), str(reference or ""), device]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=SECONDS)
-    answers = [line.removeprefix(ANSWER) for line in done.stdout.splitlines() if line.startswith(ANSWER)]
-    if not answers:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        raise ModelError(f"it cannot be opened in a fresh process: {last[0]}")
-    answer = json.loads(answers[-1])
-    if "error" in answer:
-        raise ModelError(answer["error"])
-    return parse(Opened, answer, "verify:")
+    """Do `open_and_compare` in a new interpreter."""
+    return parse(Opened, fresh.ask(__name__, [str(folder.resolve()), str(reference or ""), device]), "verify:")
 
 
 def _judge(opened: Opened, expected: int, tolerance: float) -> list[str]:
@@ -219,8 +202,6 @@ def verify(folder: Path, *, reference: Path | None = None, device: str = "cpu", 
             problems = _judge(opened, expected, tolerance)
         except ModelError as error:
             problems = [str(error)]
-        except subprocess.TimeoutExpired:
-            problems = [f"opening it took more than {SECONDS} seconds"]
     return VerifyReport(
         folder=str(folder),
         files=files,
@@ -235,13 +216,9 @@ def verify(folder: Path, *, reference: Path | None = None, device: str = "cpu", 
 
 
 def main(arguments: list[str]) -> None:
-    """Answer for one export on standard output."""
+    """Answer for one export."""
     folder, reference, device = arguments
-    try:
-        answer = plain(open_and_compare(Path(folder), Path(reference) if reference else None, device))
-    except AdaSearchError as error:
-        answer = {"error": str(error)}
-    sys.stdout.write(f"\n{ANSWER}{json.dumps(answer)}\n")
+    fresh.respond(lambda: open_and_compare(Path(folder), Path(reference) if reference else None, device))
 
 
 if __name__ == "__main__":
