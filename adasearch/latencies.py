@@ -25,7 +25,6 @@ from torch import nn
 
 from adasearch import fresh, models
 from adasearch.checkpoints import ModelSource
-from adasearch.config import UnitsConfig
 from adasearch.costs import pass_seconds
 from adasearch.documents import fingerprint, parse, plain, value
 from adasearch.errors import ConfigError
@@ -34,6 +33,7 @@ from adasearch.pruning.plan import make_plan
 from adasearch.pruning.statistics_cache import locked
 from adasearch.pruning.structure import ModelShape, ModelStructure
 from adasearch.records import write_json
+from adasearch.sections import UnitsConfig
 
 KINDS = {"self_attn": "attention", "mlp": "mlp"}
 """Kind of group by the name of a sublayer."""

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from adasearch import costs, fresh, goals, latencies, models
 from adasearch.checks import check_study, describe_study
-from adasearch.config import StudyConfig, TrialConfig, UnitsConfig, study_from_dict
+from adasearch.config import StudyConfig, TrialConfig, study_from_dict
 from adasearch.documents import parse, plain
 from adasearch.errors import ConfigError, TrialError
 from adasearch.latencies import Conditions, Curve, LatencyTable
 from adasearch.pruning.projection import project, reachable
 from adasearch.pruning.structure import Outline
-from adasearch.sections import BudgetConfig
+from adasearch.sections import BudgetConfig, UnitsConfig
 from adasearch.trial import Clock, prune, run_trial
 from adasearch.workbench import Workbench
 from tests.tiny import save_checkpoint, tiny_config, tiny_structure
