@@ -79,6 +79,7 @@ def component(known: Registry, data: Any, where: str) -> Component:
 class FinalizeConfig:
     """What happens after the search: how many configurations are fine-tuned, how, and into which formats (``[hf]``).
 
+    `measure` says whether speed and memory of their exports are measured beside the dense model, see `adasearch.speed`.
     `workers` finalists are fine-tuned at the same time; None takes as many as the search, or fewer where memory does
     not hold them: a full fine-tune needs about 18 bytes per parameter.
     """
@@ -87,6 +88,7 @@ class FinalizeConfig:
     workers: Count | None = None
     recovery: Component
     formats: tuple[Component, ...] = ()
+    measure: bool = True
 
 
 COMPONENTS: dict[str, Registry] = {

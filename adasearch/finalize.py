@@ -34,6 +34,7 @@ from adasearch.records import (
     write_items,
 )
 from adasearch.sections import Metric, ObjectiveConfig
+from adasearch.speed import exports_of, measure_exports
 from adasearch.tradeoff import finished_first
 from adasearch.trial import Clock, Pruned, prune, recover, score_blocks, task_scores
 from adasearch.tuning import alignment, evaluation
@@ -314,10 +315,10 @@ def place_exports(run: Path, metric: Metric) -> list[FinalRecord]:
     ranked = ranked_finals((r for r in read_finals(run) if r.role == "finalist"), metric)
     moved = []
     for rank, record in enumerate(ranked, start=1):
-        for lies in sorted((run / "export").glob(f"*{record.name}*")):
-            found = re.fullmatch(rf"(?:\d+-)?({re.escape(record.name)}(?:\..+)?)", lies.name)
-            if found and lies.name != f"{rank}-{found[1]}":
-                lies.rename(lies.with_name(f"{rank}-{found[1]}"))
+        for label, lies in exports_of(run, record).items():
+            wanted = f"{rank}-{record.name}" + (f".{label}" if label else "")
+            if lies.name != wanted:
+                lies.rename(lies.with_name(wanted))
         name = record.export and re.sub(r"^\d+-", "", Path(record.export).name)
         moved.append(dataclasses.replace(record, export=f"export/{rank}-{name}" if name else None))
         write_final(run, moved[-1])
@@ -338,6 +339,8 @@ def finalize(study: StudyConfig, run: Path, executor: Executor, display: Display
     failures = finish(tasks, run, executor, display, seconds=study.limits.trial_seconds * LONGER)
     judge(run, known)
     ranked = place_exports(run, study.objective.metric)
+    if study.finalize.measure:  # now that no worker computes
+        ranked = measure_exports(study, run, ranked, display.note)
     if not ranked:
         reasons = "; ".join(f"{name}: {failure.kind}: {failure.message}" for name, failure in failures.items())
         raise NoTrialError(f"no finalist could be finished: {reasons or 'no reason recorded'}")

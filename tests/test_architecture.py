@@ -36,7 +36,7 @@ FLOORS = [
     ["costs", "latencies"],
     ["goals"],
     ["outlining", "text_checks"],
-    ["trial"],
+    ["trial", "speed"],
     [
         "worker",
         "winner",
@@ -49,6 +49,7 @@ FLOORS = [
         "report_front",
         "report_parts",
         "report_rungs",
+        "report_speed",
         "report_style",
         "pictures",
         "checks",

@@ -108,9 +108,9 @@ def check_files(folder: Path) -> tuple[int, list[str]]:
     return len(sums), problems
 
 
-def _open(folder: Path, device: str) -> Any:
+def open_export(folder: Path, device: str) -> Any:
     """Open `folder` as its format does, which the marker names."""
-    name = str(_marker(folder).get("format"))
+    name = str(marker(folder).get("format"))
     try:
         return EXPORT.get(name, f"{folder}/{MARKER}").facts["open"](folder, device)
     except ConfigError as error:
@@ -138,10 +138,10 @@ def open_and_compare(folder: Path, reference: Path | None, device: str) -> Opene
     import torch
     from safetensors.torch import load_file
 
-    model = widened(_open(folder, device))
+    model = widened(open_export(folder, device))
     logits = logits_of(model)
     if reference is None:
-        kept = _marker(folder)["logits"]
+        kept = marker(folder)["logits"]
         difference = float((torch.tensor(sample_of(logits)) - torch.tensor(kept)).abs().max())
     else:
         difference = float((logits - load_file(reference)["logits"]).abs().max())
@@ -169,7 +169,12 @@ def _judge(opened: Opened, expected: int, tolerance: float) -> list[str]:
     return problems
 
 
-def _marker(folder: Path) -> dict[str, Any]:
+def marker(folder: Path) -> dict[str, Any]:
+    """Return what the marker of an export says.
+
+    Raises:
+        ModelError: there is none, or it is damaged.
+    """
     try:
         data = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         return {**data, "parameters": int(data["parameters"])}
@@ -190,7 +195,7 @@ def verify(folder: Path, *, reference: Path | None = None, device: str = "cpu", 
         ModelError: `folder` is no export of adasearch.
     """
     folder = Path(folder)
-    expected = _marker(folder)["parameters"]
+    expected = marker(folder)["parameters"]
     files, problems = check_files(folder)
     opened = Opened(parameters=0, difference=float("nan"), scale=0.0, cache_agrees=False)
     tolerance = 1e-4
