@@ -27,6 +27,7 @@ from adasearch.search.seeds import Seeds, find_seeds
 from adasearch.search.space import MANY_PARAMETERS, Space
 from adasearch.sections import BudgetConfig, ClusterConfig, Cost, UnitsConfig
 from adasearch.tuning import tasks
+from adasearch.tuning.export import check as check_export
 from adasearch.tuning.recovery import check as check_recovery
 from adasearch.workbench import cache_folder
 
@@ -189,6 +190,7 @@ def _check_recovery(study: StudyConfig, space: Space, shape: ModelShape, where: 
     found = [(key, trial.recovery) for key, trial in _trials(study, space, "recovery")]
     for key, part in [*found, ("finalize.recovery", study.finalize.recovery)]:
         check_recovery(part, structure, shape.shapes, join(where, key))
+    check_export(study.finalize.formats, study.finalize.recovery, join(where, "finalize.formats"))
 
 
 def _trials(study: StudyConfig, space: Space, section: str) -> list[tuple[str, TrialConfig]]:

@@ -38,7 +38,7 @@ from adasearch.speed import exports_of, measure_exports
 from adasearch.tradeoff import finished_first
 from adasearch.trial import Clock, Pruned, prune, recover, score_blocks, task_scores
 from adasearch.tuning import alignment, evaluation
-from adasearch.tuning.export import Goods, ModelCard
+from adasearch.tuning.export import Goods, ModelCard, wants_adapters
 from adasearch.winner import ACCURACY, SELECT, merits
 
 if TYPE_CHECKING:
@@ -208,6 +208,8 @@ def _made(task: FinalTask, bench: Workbench, clock: Clock) -> tuple[Pruned | Non
     try:
         config = TrialConfig.from_dict(task.config, "trial")
         pruned = prune(config, bench, clock)
+        if wants_adapters(task.formats):
+            pruned = dataclasses.replace(pruned, beside={})
         return pruned, recover(pruned, task.recovery, config, bench, clock).losses
     except (ConfigError, DataError) as error:
         raise TrialError("config", str(error), clock.phase) from error
@@ -273,7 +275,14 @@ def _export(pruned: Pruned, task: FinalTask, record: FinalRecord, bench: Workben
         versions=versions(),
         command=task.command,
     )
-    goods = Goods(model=pruned.model, base=pruned.base, structure=pruned.structure, plan=pruned.plan, card=card)
+    goods = Goods(
+        model=pruned.model,
+        base=pruned.base,
+        structure=pruned.structure,
+        plan=pruned.plan,
+        card=card,
+        beside=pruned.beside or {},
+    )
     folders = [bench.run / "export" / export_name(task.name, wanted) for wanted in task.formats]
     for wanted, folder in zip(task.formats, folders, strict=True):
         registry.EXPORT.get(wanted.type).function(goods, folder, wanted.options, overwrite=True)

@@ -68,7 +68,14 @@ ROOMS = {
 DOORS = {
     "transformers": ("models", "modeling_adasearch", "tuning.export", "loading"),
     "huggingface_hub": ("models", "modeling_adasearch", "data", "tuning.export"),
-    "safetensors": ("models", "pruning.statistics", "pruning.statistics_cache", "tuning.export", "loading"),
+    "safetensors": (
+        "models",
+        "pruning.statistics",
+        "pruning.statistics_cache",
+        "tuning.export",
+        "tuning.adapter_files",
+        "loading",
+    ),
     "gguf": ("checkpoints", "tuning.export"),
     "peft": (),  # what our updates are compared with
     "lm_eval": ("tuning.evaluation", "tuning.tasks", "tuning.items"),

@@ -9,7 +9,7 @@ import copy
 import hashlib
 import json
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from adasearch import fresh
@@ -95,13 +95,14 @@ def check_files(folder: Path) -> tuple[int, list[str]]:
         return 0, [f"{SUMS} must be readable: {error}"]
     problems = []
     for name, digest in sums.items():
-        if Path(name).name != name:
-            problems.append(f"{SUMS} must list plain file names, given {name!r}")
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            problems.append(f"{SUMS} must list files of this folder, given {name!r}")
         elif not (folder / name).is_file():
             problems.append(f"{name} is missing")
         elif sha256(folder / name) != digest:
             problems.append(f"{name} has changed since it was written")
-    stray = sorted(p.name for kind in WEIGHTS for p in folder.glob(kind) if p.name not in sums)
+    found = (path.relative_to(folder).as_posix() for kind in WEIGHTS for path in folder.rglob(kind))
+    stray = sorted(name for name in found if name not in sums)
     problems += [f"{name} is not listed in {SUMS}" for name in stray]
     if MARKER not in sums:
         problems.append(f"{SUMS} must list {MARKER}")
