@@ -1,19 +1,23 @@
 """Speed and memory of exports: what is measured, where it is told, and that an export stays sound under a new card."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from adasearch import costs, loading, records, report, speed
+from adasearch.cli import main
 from adasearch.documents import plain
 from adasearch.errors import ModelError
 from adasearch.records import FinalRecord, Rate, Speed, read_finals, write_final
 from adasearch.report_speed import speed_section
 from adasearch.tuning.export import _card, _folder, _verify
+from tests.test_main_job import study_file
 from tests.tiny import save_checkpoint
 from tests.tuning.test_export import UNEVEN, make_case
 
@@ -206,3 +210,44 @@ def test_the_leaderboard_has_columns_of_what_was_measured():
     assert (cells["peak_bytes"], cells["decode_rate"], cells["decode_gain"]) == (3 * 2**20, 30.0, 1.5)
     dense = report._dense_speed_cells([final_of(), final_of(speeds=(FILES, FOUND))])
     assert (dense["file_bytes"], dense["prefill_rate"], dense["prefill_gain"]) == (2**21, 20.0, 1.0)
+
+
+def test_a_whole_run_tells_what_its_exports_take(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    """A memory as budget, adapters beside and merged: from the study file to report, leaderboard, cards."""
+    monkeypatch.setattr(_verify, "_open_fresh", _verify.open_and_compare)
+    asked = []
+
+    def here(request):
+        asked.append(request)
+        return speed.measure(dataclasses.replace(request, threads=1, prompt=8, written=2))
+
+    monkeypatch.setattr(speed, "_ask", here)
+    recovery = {"type": "lora", "tokens": 512, "length": 64, "batch": 2, "corpus": "pydoc"}
+    formats = [{"type": "hf", "adapters": "beside"}, "hf"]
+    path = study_file(tmp_path, str(tiny_checkpoint), budget={"memory": 0.85}, trials=2, recipes="none",
+                      finalize={"top": 1, "recovery": recovery, "formats": formats})  # fmt: skip
+    run = tmp_path / "run"
+    assert main(["run", str(path), "--out", str(run)]) == 0, capsys.readouterr().err
+    (final,) = [final for final in read_finals(run) if final.role == "finalist"]
+    assert [found.format for found in final.speeds] == ["hf", "adapters"]
+    assert len(asked) == 3, "the dense model's memory is measured once"
+    assert [request.dense is None for request in asked] == [True, False, False]
+    names = [f"1-{final.name}", f"1-{final.name}.adapters"]
+    for name in names:
+        assert _card.SPEED in (run / "export" / name / "README.md").read_text()
+        assert loading.verify(run / "export" / name, fresh=False).sound
+    opened = [_verify.logits_of(loading.load(run / "export" / name)) for name in names]
+    assert torch.equal(*opened)
+    table = pd.read_csv(run / "leaderboard.csv").set_index("trial")
+    best = table.loc[str(final.trial)]
+    assert best["prefill_rate"] == pytest.approx(final.speeds[0].prefill.own, rel=1e-4)
+    assert table.loc["dense", "decode_gain"] == 1.0
+    assert 'id="speed"' in (run / "report.html").read_text()
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["budget"]["given"]["memory"] == 0.85
+    assert manifest["budget"]["by_equal_ratios"]["remove"] > 0.1
+    done = {r.number: r.result for r in records.read_records(run) if r.result and r.number != records.DENSE}
+    assert all(0.7 < result.notes["memory_predicted"] <= 0.85 for result in done.values())
+    count = len(asked)
+    assert main(["run", str(path), "--out", str(run)]) == 0
+    assert len(asked) == count, "a run that goes on measures nothing again"
