@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adasearch import costs, models, placement, text_checks
+from adasearch import costs, goals, models, placement, text_checks
 from adasearch.config import StudyConfig, TrialConfig, component, merged
 from adasearch.documents import fingerprint, join, value
 from adasearch.environment import local_machine, machine, versions
 from adasearch.errors import ConfigError, DataError, ModelError, StorageError
+from adasearch.latencies import Conditions
 from adasearch.placement import GIB, Machine, Placement
 from adasearch.pruning import allocation, architectures, compensation, schedule
 from adasearch.pruning.projection import reachable, removal
@@ -24,9 +25,11 @@ from adasearch.search.earlier import Earlier, gather
 from adasearch.search.samplers import Choice, choose
 from adasearch.search.seeds import Seeds, find_seeds
 from adasearch.search.space import MANY_PARAMETERS, Space
-from adasearch.sections import ClusterConfig, Cost, UnitsConfig
+from adasearch.sections import BudgetConfig, ClusterConfig, Cost, UnitsConfig
 from adasearch.tuning import tasks
+from adasearch.tuning.export import check as check_export
 from adasearch.tuning.recovery import check as check_recovery
+from adasearch.workbench import cache_folder
 
 if TYPE_CHECKING:
     from adasearch.checkpoints import ModelSource
@@ -45,6 +48,7 @@ class Checked:
     Args:
         shape: of the dense model.
         structure: of the dense model with the study's default units.
+        budget: in parameters; where the study's is in another cost, what equal ratios have to remove, measured here.
         target: greatest number of parameters that the budget leaves, the least budget where it is searched.
         smallest: the same for the greatest budget.
         model_digest: tells the model's files apart from others, from their names and sizes.
@@ -58,6 +62,7 @@ class Checked:
 
     shape: ModelShape
     structure: ModelStructure
+    budget: BudgetConfig
     target: int
     smallest: int
     model_digest: str
@@ -89,7 +94,7 @@ def budgets(study: StudyConfig) -> dict[float, str]:
     named: list[tuple[float | None, str]] = [(study.budget.remove, "budget.remove")]
     named.append((TrialConfig.from_dict(study.trial, "trial").budget.remove, "trial.budget.remove"))
     named += [(config.budget.remove, f"recipes.{name}.budget.remove") for name, config in own.items()]
-    named += [(remove, "space.budget.remove") for remove in study.removes]
+    named += [(remove, "space.budget.remove") for remove in study.removes or ()]
     return {remove: key for remove, key in reversed(named) if remove is not None}
 
 
@@ -110,9 +115,45 @@ def _check_costs(study: StudyConfig, checked: Checked, where: str) -> None:
     for cost, share in least.items():
         limit = objective.at_most.get(cost)
         if limit is not None and limit < share:
-            problem = f"no trial can meet {limit:g}: removing {study.removes[1]:g} leaves at least {share:.4f} of the "
+            problem = (
+                f"no trial can meet {limit:g}: removing {max(budgets(study)):g} leaves at least {share:.4f} of the "
+            )
             advice = "dense model's; raise the limit, or budget.remove"
             raise ConfigError(join(where, f"objective.at_most.{cost}"), problem + advice)
+
+
+def _in_parameters(
+    study: StudyConfig, source: ModelSource, shape: ModelShape, where: str, out: Path | None
+) -> StudyConfig:
+    """Return the study with its budget in parameters: where it is in another cost, what equal ratios have to remove.
+
+    A latency is measured for that, on this machine, unless it is known; workers find the table where this puts it.
+    """
+    if study.budget.goal is None:
+        return study
+    key = join(where, f"budget.{study.budget.goal[0]}")
+    if "budget.remove" in study.space.dimensions:
+        raise ConfigError(key, "must not be given where the space searches budget.remove")
+    device = "cpu" if study.cluster.gpus_per_worker == 0 else models.pick_device().type
+    told = Conditions(
+        device=device,
+        dtype=str(models.pick_dtype(study.model.dtype, device)).removeprefix("torch."),
+        threads=place(study, shape, (local_machine(),)).threads,
+        tokens=study.objective.latency_tokens,
+    )
+    cache = cache_folder(out or Path("runs") / study.name)
+    try:
+        budget = goals.of_study(study, models.read_config(source), shape, told, cache)
+    except ConfigError as error:
+        raise _located(error, where) from None
+    return dataclasses.replace(study, budget=budget)
+
+
+def _check_hidden(study: StudyConfig, space: Space, where: str) -> None:
+    """Refuse a latency budget of models whose hidden size is cut, for which no table holds."""
+    for key, trial in _trials(study, space, "hidden") if study.budget.latency is not None else ():
+        if trial.hidden.type != "none":
+            raise ConfigError(join(where, key), f"must be none under budget.latency, given {trial.hidden.type}")
 
 
 def _check_budget(study: StudyConfig, shape: ModelShape, where: str) -> ModelStructure:
@@ -149,6 +190,7 @@ def _check_recovery(study: StudyConfig, space: Space, shape: ModelShape, where: 
     found = [(key, trial.recovery) for key, trial in _trials(study, space, "recovery")]
     for key, part in [*found, ("finalize.recovery", study.finalize.recovery)]:
         check_recovery(part, structure, shape.shapes, join(where, key))
+    check_export(study.finalize.formats, study.finalize.recovery, join(where, "finalize.formats"))
 
 
 def _trials(study: StudyConfig, space: Space, section: str) -> list[tuple[str, TrialConfig]]:
@@ -215,11 +257,11 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
     except ModelError as error:
         text = str(error)
         raise ModelError(text if text.startswith(where) else f"{join(where, 'model.name')}: {text}") from error
+    _check_hidden(study, space, where)
+    study = _in_parameters(study, source, shape, where, out)
     structure = _check_budget(study, shape, where)
-    targets = [
-        structure.parameters - removal(structure, dataclasses.replace(study.budget, remove=remove))
-        for remove in study.removes
-    ]
+    low, high = study.removes or (study.budget.fraction, study.budget.fraction)
+    targets = [structure.parameters - removal(structure, study.budget.removing(remove)) for remove in (low, high)]
     _check_layers(study, space, shape.layers, where)
     _check_recovery(study, space, shape, where)
     if out is not None:
@@ -229,6 +271,7 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
     checked = Checked(
         shape=shape,
         structure=structure,
+        budget=study.budget,
         target=targets[0],
         smallest=targets[1],
         model_digest=_digest(source),
@@ -321,10 +364,7 @@ def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
     for group in structure.groups:
         kinds[group.unit] = kinds.get(group.unit, 0) + group.units
     yield "units: " + ", ".join(f"{count:,} {unit.replace('_', ' ')}s" for unit, count in kinds.items())
-    removed = 1 - checked.target / structure.parameters
-    yield f"budget: {checked.target:,} parameters left at most ({removed:.2%} of all removed)"
-    if checked.smallest < checked.target:
-        yield f"  searched: up to {1 - checked.smallest / structure.parameters:.2%}, {checked.smallest:,} left"
+    yield from _describe_budget(study, checked)
     yield from _describe_costs(study)
     yield f"space: {study.space.name}, {len(study.space.dimensions)} dimensions, {checked.parameters} parameters"
     if checked.parameters > MANY_PARAMETERS:
@@ -349,13 +389,27 @@ def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
     yield f"finalists: {study.finalize.top}, {final:,} tokens of {study.finalize.recovery.type} recovery each"
 
 
+def _describe_budget(study: StudyConfig, checked: Checked) -> Iterator[str]:
+    structure = checked.structure
+    removed = 1 - checked.target / structure.parameters
+    if study.budget.goal is None:
+        yield f"budget: {checked.target:,} parameters left at most ({removed:.2%} of all removed)"
+    else:
+        name, target = study.budget.goal
+        tokens = f"over {study.objective.latency_tokens:,} tokens, {'predicted' if name == 'latency' else 'counted'}"
+        yield f"budget: {name} at most {target:g} of the dense model's, {tokens}"
+        yield f"  by equal ratios {checked.target:,} parameters left ({removed:.2%} of all removed); trials differ"
+    if checked.smallest < checked.target:
+        yield f"  searched: up to {1 - checked.smallest / structure.parameters:.2%}, {checked.smallest:,} left"
+
+
 def _describe_costs(study: StudyConfig) -> Iterator[str]:
     objective = study.objective
     if objective.several:
         yield f"objectives: {objective.metric} up; {', '.join(objective.also)} down, as fractions of the dense model's"
         if study.racing.enabled:
             yield "  no trial races: a lower score may be the price of a lower cost"
-        if "parameters" in objective.also and study.removes[0] == study.removes[1]:
+        if "parameters" in objective.also and len(set(study.removes or ())) == 1:
             yield "  warning: all trials have the same number of parameters: search budget.remove in the space"
     if objective.at_most:
         limits = ", ".join(f"{cost} {limit:g}" for cost, limit in objective.at_most.items())

@@ -180,7 +180,9 @@ def _next(found: Comparison) -> str:
     if best is None:
         return ""
     study = found.study
-    command = f"adasearch prune {study.model.name} --recipe {best.name} --remove {study.budget.remove:g} --out DIR"
+    own = best.final.removed if best.final else 0.0
+    remove = own if study.budget.remove is None else study.budget.remove
+    command = f"adasearch prune {study.model.name} --recipe {best.name} --remove {remove:.4g} --out DIR"
     note = "<p>One recipe as an exported model, and a search that starts from all of them:</p>"
     code = f"{command}\nadasearch run STUDY  # with these names under recipes:"
     return section("next", "What to do next", note, f"<pre><code>{escape(code)}</code></pre>")

@@ -79,6 +79,7 @@ def component(known: Registry, data: Any, where: str) -> Component:
 class FinalizeConfig:
     """What happens after the search: how many configurations are fine-tuned, how, and into which formats (``[hf]``).
 
+    `measure` says whether speed and memory of their exports are measured beside the dense model, see `adasearch.speed`.
     `workers` finalists are fine-tuned at the same time; None takes as many as the search, or fewer where memory does
     not hold them: a full fine-tune needs about 18 bytes per parameter.
     """
@@ -87,6 +88,7 @@ class FinalizeConfig:
     workers: Count | None = None
     recovery: Component
     formats: tuple[Component, ...] = ()
+    measure: bool = True
 
 
 COMPONENTS: dict[str, Registry] = {
@@ -303,6 +305,7 @@ class StudyConfig:
         """Return the mapping that `study_from_dict` reads back: the ``config.yaml`` of a run."""
         data: dict[str, Any] = plain(self)
         data["space"] = plain(self.space.dimensions)
+        data["budget"] = self.budget.to_dict()
         data["finalize"]["recovery"] = self.finalize.recovery.to_dict()
         data["finalize"]["formats"] = [item.to_dict() for item in self.finalize.formats]
         return data
@@ -310,16 +313,21 @@ class StudyConfig:
     def budget_of(self, trial: TrialConfig) -> BudgetConfig:
         """Return the budget of a trial: the study's, but for what the trial itself says of it."""
         own = trial.budget.remove
-        return self.budget if own is None else dataclasses.replace(self.budget, remove=own)
+        return self.budget if own is None else self.budget.removing(own)
 
     @property
-    def removes(self) -> tuple[float, float]:
-        """Return the least and the greatest fraction of the parameters that its trials remove."""
+    def removes(self) -> tuple[float, float] | None:
+        """Return the least and the greatest fraction of the parameters that its trials remove.
+
+        None where the budget is in another cost, and each trial's own ratios decide.
+        """
         spec = self.space.dimensions.get("budget.remove", {})
         given = spec.get("float", spec.get("choice"))
         given = given.get("range", given.get("choices")) if isinstance(given, dict) else given
         own = self.trial.get("budget", {}).get("remove") or self.budget.remove
-        return (min(given), max(given)) if given else (own, own)
+        if given:
+            return min(given), max(given)
+        return None if own is None else (own, own)
 
     @property
     def races(self) -> bool:

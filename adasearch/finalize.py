@@ -12,7 +12,7 @@ import numpy as np
 
 from adasearch import data, registry
 from adasearch.config import Component, FinalizeConfig, StudyConfig, TaskScore, TrialConfig
-from adasearch.documents import plain, value
+from adasearch.documents import value
 from adasearch.environment import versions
 from adasearch.errors import ConfigError, DataError, NoTrialError, TrialError
 from adasearch.pruning.structure import WHOLE, Outline
@@ -34,10 +34,11 @@ from adasearch.records import (
     write_items,
 )
 from adasearch.sections import Metric, ObjectiveConfig
+from adasearch.speed import exports_of, measure_exports
 from adasearch.tradeoff import finished_first
 from adasearch.trial import Clock, Pruned, prune, recover, score_blocks, task_scores
 from adasearch.tuning import alignment, evaluation
-from adasearch.tuning.export import Goods, ModelCard
+from adasearch.tuning.export import Goods, ModelCard, wants_adapters
 from adasearch.winner import ACCURACY, SELECT, merits
 
 if TYPE_CHECKING:
@@ -207,6 +208,8 @@ def _made(task: FinalTask, bench: Workbench, clock: Clock) -> tuple[Pruned | Non
     try:
         config = TrialConfig.from_dict(task.config, "trial")
         pruned = prune(config, bench, clock)
+        if wants_adapters(task.formats):
+            pruned = dataclasses.replace(pruned, beside={})
         return pruned, recover(pruned, task.recovery, config, bench, clock).losses
     except (ConfigError, DataError) as error:
         raise TrialError("config", str(error), clock.phase) from error
@@ -261,7 +264,9 @@ def _export(pruned: Pruned, task: FinalTask, record: FinalRecord, bench: Workben
         trial=None if task.role == "pruned" else task.trial,
         recipe=task.recipe,
         config=task.config,
-        budget=plain(study.budget_of(TrialConfig.from_dict(task.config, "trial")) if task.config else study.budget),
+        budget=(
+            study.budget_of(TrialConfig.from_dict(task.config, "trial")) if task.config else study.budget
+        ).to_dict(),
         recovery=task.recovery.to_dict() if task.recovery and task.recovery.type != "none" else None,
         record=record,
         dense=next((r for r in read_finals(bench.run) if r.role == "dense"), None),
@@ -270,7 +275,14 @@ def _export(pruned: Pruned, task: FinalTask, record: FinalRecord, bench: Workben
         versions=versions(),
         command=task.command,
     )
-    goods = Goods(model=pruned.model, base=pruned.base, structure=pruned.structure, plan=pruned.plan, card=card)
+    goods = Goods(
+        model=pruned.model,
+        base=pruned.base,
+        structure=pruned.structure,
+        plan=pruned.plan,
+        card=card,
+        beside=pruned.beside or {},
+    )
     folders = [bench.run / "export" / export_name(task.name, wanted) for wanted in task.formats]
     for wanted, folder in zip(task.formats, folders, strict=True):
         registry.EXPORT.get(wanted.type).function(goods, folder, wanted.options, overwrite=True)
@@ -312,10 +324,10 @@ def place_exports(run: Path, metric: Metric) -> list[FinalRecord]:
     ranked = ranked_finals((r for r in read_finals(run) if r.role == "finalist"), metric)
     moved = []
     for rank, record in enumerate(ranked, start=1):
-        for lies in sorted((run / "export").glob(f"*{record.name}*")):
-            found = re.fullmatch(rf"(?:\d+-)?({re.escape(record.name)}(?:\..+)?)", lies.name)
-            if found and lies.name != f"{rank}-{found[1]}":
-                lies.rename(lies.with_name(f"{rank}-{found[1]}"))
+        for label, lies in exports_of(run, record).items():
+            wanted = f"{rank}-{record.name}" + (f".{label}" if label else "")
+            if lies.name != wanted:
+                lies.rename(lies.with_name(wanted))
         name = record.export and re.sub(r"^\d+-", "", Path(record.export).name)
         moved.append(dataclasses.replace(record, export=f"export/{rank}-{name}" if name else None))
         write_final(run, moved[-1])
@@ -336,6 +348,8 @@ def finalize(study: StudyConfig, run: Path, executor: Executor, display: Display
     failures = finish(tasks, run, executor, display, seconds=study.limits.trial_seconds * LONGER)
     judge(run, known)
     ranked = place_exports(run, study.objective.metric)
+    if study.finalize.measure:  # now that no worker computes
+        ranked = measure_exports(study, run, ranked, display.note)
     if not ranked:
         reasons = "; ".join(f"{name}: {failure.kind}: {failure.message}" for name, failure in failures.items())
         raise NoTrialError(f"no finalist could be finished: {reasons or 'no reason recorded'}")

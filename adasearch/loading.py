@@ -62,7 +62,21 @@ def load(folder: str | Path, *, dtype: Any = "auto", device: str = "cpu") -> Pre
     model_class = _model_class(_read_config(folder), folder)
     if not list(folder.glob("*.safetensors")):
         raise ModelError(f"{folder}: must hold its weights as .safetensors")
-    return open_with(model_class, folder, dtype=dtype, device=device, trust=False)
+    model = open_with(model_class, folder, dtype=dtype, device=device, trust=False)
+    merge_adapter(model, folder)
+    return model
+
+
+def merge_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Merge the low-rank updates that lie beside a model of ours into it, where there are some.
+
+    Raises:
+        ModelError: they are damaged, or are for another model.
+    """
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        from adasearch.tuning import adapter_files
+
+        adapter_files.merge_into(model, folder / adapter_files.FOLDER)
 
 
 def open_with(model_class: Any, folder: Path, *, dtype: Any, device: str, trust: bool) -> PreTrainedModel:

@@ -185,8 +185,12 @@ def _gguf_config(path: Path) -> Any:
     )
 
 
-def _config(source: ModelSource) -> Any:
-    """Return the transformers config of a source, without weights."""
+def read_config(source: ModelSource) -> Any:
+    """Return the transformers config of a source, without weights.
+
+    Raises:
+        ModelError: it cannot be read or the family is not supported.
+    """
     if source.kind == "gguf":
         with _model_errors(source.name):
             return _gguf_config(Path(source.path))
@@ -203,7 +207,7 @@ def describe_source(source: ModelSource) -> ModelShape:
     Raises:
         ModelError: the config cannot be read or the family is not supported.
     """
-    return shape_of(_config(source))
+    return shape_of(read_config(source))
 
 
 def empty_model(config: Any) -> nn.Module:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from adasearch import tokenization
+from adasearch import goals, tokenization
 from adasearch.config import TrialConfig
 from adasearch.errors import ConfigError, ModelError, TrialError
 from adasearch.losses import LossBook
@@ -44,8 +44,8 @@ def decide(config: TrialConfig, bench: Workbench) -> Outline:
         return WHOLE
     structure = bench.structure(config.units)
     biases = compensation.bias_modules(config.compensation, structure)
-    left = structure.parameters - removal(structure, bench.study.budget_of(config), biases)
     try:
+        left = structure.parameters - removal(structure, goals.before_widths(config, bench), biases)
         outline = _without_tokens(config, bench, left)
         outline = _without_dimensions(config, bench, outline, left)
         return _without_layers(config, bench, outline, left)

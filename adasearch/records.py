@@ -77,6 +77,56 @@ class Evidence:
 
 
 @value
+class Rate:
+    """Tokens per second of a model and of the dense one, by turns in one process.
+
+    Args:
+        own: median over repeats.
+        dense: the same.
+        gain: median of the ratios of neighbours, own over dense.
+        spread: its standard error.
+    """
+
+    own: float
+    dense: float
+    gain: float
+    spread: float
+
+
+@value
+class Speed:
+    """What an exported model takes beside the dense one, one sequence at a time; see `adasearch.speed`.
+
+    Args:
+        format: label of the export, ``hf`` where it has none.
+        file_bytes: of its weights.
+        dense_file_bytes: of those of the dense model, in the number format of the search.
+        prefill: reading a prompt of `prompt` tokens; None for a format that torch does not run.
+        decode: writing `written` tokens after it, with the key-value cache; None likewise.
+        peak_bytes: greatest memory of a process that opens it, reads and writes; on a GPU of its tensors there.
+        dense_peak_bytes: the same of the dense model.
+        bare_bytes: what such a process holds before it opens a model, 0 on a GPU.
+        device: ``cpu`` or ``cuda``.
+        dtype: number format.
+        threads: of the CPU.
+    """
+
+    format: str
+    file_bytes: int
+    dense_file_bytes: int
+    prefill: Rate | None = None
+    decode: Rate | None = None
+    peak_bytes: int = 0
+    dense_peak_bytes: int = 0
+    bare_bytes: int = 0
+    device: str = "cpu"
+    dtype: str = ""
+    threads: int = 1
+    prompt: int = 0
+    written: int = 0
+
+
+@value
 class FinalRecord:
     """What became of one model at the end of a run: a finalist, the dense model, a recipe, or one pruned alone.
 
@@ -94,6 +144,7 @@ class FinalRecord:
         gpu_bytes: greatest memory of the worker's tensors on a GPU, 0 without one.
         search: what the search knows of it, None where there was none.
         merit: what finalists are ranked by, None before all of them are there; see `adasearch.winner`.
+        speeds: what its exports take, empty before that is measured.
     """
 
     name: str
@@ -112,6 +163,7 @@ class FinalRecord:
     gpu_bytes: int = 0
     search: Evidence | None = None
     merit: float | None = None
+    speeds: tuple[Speed, ...] = ()
 
 
 @contextlib.contextmanager

@@ -34,6 +34,8 @@ COLUMNS = (
     "rank", "trial", "recipe", "search_score", "search_stderr", "report_score", "report_stderr", "retained",
     "parameters", "removed", "seconds", "state",
 )  # fmt: skip
+SPEEDS = ("file_bytes", "peak_bytes", "prefill_rate", "decode_rate", "prefill_gain", "decode_gain")
+"""Columns of runs whose exports were measured: bytes, tokens per second, and these over the dense model's."""
 RESAMPLES = 10_000
 _GROUP = re.compile(r"\.(\d+)\.([^.]+)$")
 
@@ -250,6 +252,28 @@ def _cost_cells(result: TrialResult | None) -> dict[str, float]:
     return {**figures, **{f"{cost}_share": result.shares[cost] for cost in figures}}
 
 
+def _speed_cells(final: FinalRecord) -> dict[str, float]:
+    """Return what the first export of a model takes; {} where it was not measured."""
+    found = next(iter(final.speeds), None)
+    if found is None:
+        return {}
+    cells = {"file_bytes": float(found.file_bytes)}
+    if found.prefill and found.decode:
+        rates = found.prefill, found.decode
+        figures = (float(found.peak_bytes), *(rate.own for rate in rates), *(rate.gain for rate in rates))
+        cells |= dict(zip(SPEEDS[1:], figures, strict=True))
+    return cells
+
+
+def _dense_speed_cells(finals: Sequence[FinalRecord]) -> dict[str, float]:
+    """Return what the dense model took beside the first export; {} where none was measured."""
+    found = next((speed for final in finals for speed in final.speeds if speed.prefill and speed.decode), None)
+    if found is None or found.prefill is None or found.decode is None:
+        return {}
+    figures = found.dense_file_bytes, found.dense_peak_bytes, found.prefill.dense, found.decode.dense, 1.0, 1.0
+    return dict(zip(SPEEDS, map(float, figures), strict=True))
+
+
 def dense_parameters_of(findings: Findings) -> float:
     """Return the parameter count of the dense model, nan where no record tells it."""
     if findings.dense is not None:
@@ -288,13 +312,16 @@ def _table(findings: Findings) -> pd.DataFrame:
     members = found.numbers if found else ()
     rows = []
     if findings.dense_record is not None:
-        rows.append({"rank": None, **_row(findings.dense_record, findings.dense, findings.dense, whole)})
+        cells = _row(findings.dense_record, findings.dense, findings.dense, whole)
+        rows.append({"rank": None, **cells, **_dense_speed_cells(findings.finals)})
     for rank, record in enumerate(ranked(findings), start=1):
         counted = rank if record.result is not None else None
-        row = {"rank": counted, **_row(record, finals.get(record.number), findings.dense, whole)}
+        final = finals.get(record.number)
+        row = {"rank": counted, **_row(record, final, findings.dense, whole), **(_speed_cells(final) if final else {})}
         admitted = record.result is not None and objective.admits(record.result.shares)
         rows.append({**row, "admitted": admitted, "front": record.number in members})
-    table = pd.DataFrame(rows, columns=list(columns_of(objective)))
+    measured = SPEEDS if any(final.speeds for final in findings.finals) else ()
+    table = pd.DataFrame(rows, columns=[*columns_of(objective), *measured])
     return table.astype({"rank": "Int64", "parameters": "Int64"})
 
 

@@ -26,6 +26,7 @@ from adasearch.report_parts import (
     signed_points,
 )
 from adasearch.report_rungs import FEW_TRIALS, control_group, rung_rows
+from adasearch.report_speed import speed_section
 
 TOP_TRIALS = 10
 TABLE_TRIALS = 20
@@ -411,14 +412,15 @@ def page(findings: Findings, run: Path) -> str:
     """
     study = findings.study
     sections = [
-        front_section(findings), _scores(findings), _finalists(findings), _history(findings), _widths(findings),
-        _importance(findings),
+        front_section(findings), _scores(findings), _finalists(findings), speed_section(findings), _history(findings),
+        _widths(findings), _importance(findings),
         _time(findings), _rungs(findings), _failures(findings), _meaning(findings), _next(findings, run),
     ]  # fmt: skip
     titles = {
         "front": "Front",
         "scores": "Scores",
         "finalists": "Finalists",
+        "speed": "Speed",
         "history": "Search",
         "widths": "Kept widths",
     }

@@ -82,8 +82,11 @@ def card(number: str, text: str) -> str:
 
 def budget_words(budget: BudgetConfig, searched: tuple[float, float] | None = None) -> str:
     """Return what a budget asks for; `searched` is the least and the greatest fraction that trials remove."""
+    if searched is None and budget.goal is not None:
+        name, target = budget.goal
+        return f"{name} at most {100 * target:g} % of the dense model's"
     of = "all" if budget.of == "all" else "non-embedding"
-    low, high = searched or (budget.remove, budget.remove)
+    low, high = searched or (budget.fraction, budget.fraction)
     span = f"{100 * low:g}" if low == high else f"{100 * low:g} to {100 * high:g}"
     return f"remove {span} % of {of} parameters"
 

@@ -108,6 +108,7 @@ def _write_manifest(
                 "parameters": checked.structure.parameters,
             },
             "target_parameters": checked.target,
+            "budget": {"given": study.budget.to_dict(), "by_equal_ratios": checked.budget.to_dict()},
             "items": {role: {task: list(ids) for task, ids in tasks.items()} for role, tasks in checked.items.items()},
         },
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 
-from adasearch.documents import Count, Fraction, Index, NonNegative, Positive, Share, parse, value
+from adasearch.documents import Count, Fraction, Index, NonNegative, Positive, Share, parse, plain, value
 from adasearch.errors import ConfigError
 
 Cost = Literal["parameters", "latency", "memory"]
@@ -81,19 +81,60 @@ class ModelConfig:
     revision: str | None = None
 
 
+Goal = Literal["latency", "memory"]
+Target = Annotated[float, pydantic.Field(gt=0, le=1, allow_inf_nan=False)]
+
+
 @value
 class BudgetConfig:
-    """How much goes: `remove` is the fraction of parameters removed, of all or of the non-embedding ones.
+    """How much goes: a fraction of the parameters, or as much as brings another cost to a target; one of three.
 
     Args:
+        remove: fraction of the parameters that is removed, of all or of the non-embedding ones.
+        latency: what may be left of the dense model's seconds of a forward pass over `objective.latency_tokens` tokens,
+            as a table of measured widths predicts it, see `latencies`.
+        memory: what may be left of the dense model's bytes of weights and of the cache of as many tokens, counted.
+        of: what `remove` is a fraction of.
         multiple_of: MLP widths are multiples of it, or dense.
         uniform: all layers get the same widths, such as the family's stock class opens.
     """
 
-    remove: Fraction
+    remove: Fraction | None = None
+    latency: Target | None = None
+    memory: Target | None = None
     of: Literal["all", "non_embedding"] = "all"
     multiple_of: Count = 1
     uniform: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that one measure is given.
+
+        Raises:
+            ValueError: none is, or several are.
+        """
+        given = [name for name in ("remove", *get_args(Goal)) if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"must hold one of remove, latency and memory, holds {' and '.join(given) or 'none'}")
+
+    @property
+    def goal(self) -> tuple[Goal, float] | None:
+        """Return the cost that is brought to a target, and the target; None where the parameters are."""
+        found = {name: getattr(self, name) for name in get_args(Goal)}
+        return next(((name, target) for name, target in found.items() if target is not None), None)
+
+    @property
+    def fraction(self) -> float:
+        """Return the fraction of the parameters that is removed, where that is what was asked, or is known by now."""
+        assert self.remove is not None, "a budget of another measure is brought to one of parameters first: `goals`"
+        return self.remove
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mapping that a study file holds: measures that were not given are left out."""
+        return {key: item for key, item in plain(self).items() if item is not None}
+
+    def removing(self, fraction: float) -> BudgetConfig:
+        """Return the budget with `fraction` (0 or more) of the parameters to remove in the place of what it asks."""
+        return dataclasses.replace(self, remove=fraction, latency=None, memory=None)
 
 
 @value

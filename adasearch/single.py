@@ -21,6 +21,7 @@ from adasearch.library import load_recipe
 from adasearch.records import FinalRecord
 from adasearch.registry import RECOVERY
 from adasearch.run import quieten
+from adasearch.speed import measure_exports
 from adasearch.workbench import Workbench
 
 WINDOW = 128
@@ -144,6 +145,7 @@ def prune_model(order: Order, out: Path | None, say: Callable[[str], None]) -> P
     # Beside the goal, so that the finished model gets its name in one step; nothing else stays.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as room:
         dense, pruned = _records(order, study, out.name, Path(room))
+        (pruned,) = measure_exports(study, Path(room), [pruned], say)
         assert pruned.export is not None
         _check_out(out)
         (Path(room) / pruned.export).rename(out)

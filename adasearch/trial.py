@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adasearch import costs, environment, models, outlining, racing, registry
+from adasearch import costs, environment, goals, models, outlining, racing, registry
 from adasearch.config import Component, TaskScore, TrialConfig, TrialResult, mean_of
 from adasearch.errors import ConfigError, TrialError
 from adasearch.promotion import Gate
@@ -24,6 +25,7 @@ from adasearch.pruning.schedule import ScheduleContext
 from adasearch.pruning.structure import WHOLE, Outline
 from adasearch.racing import Early, Race, Rung, TaskValues
 from adasearch.tuning import divergence, evaluation, scoring
+from adasearch.tuning.adapter_files import Kept
 from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ class Pruned:
     structure: ModelStructure
     plan: PruningPlan
     base: BaseModel
+    beside: dict[str, Kept] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -144,8 +147,8 @@ def prune(config: TrialConfig, bench: Workbench, clock: Clock) -> Pruned:
         schedule.check(config)
     statistics = bench.statistics(structure, config.calibration, config.units, schedule.needs(config))
     clock.enter("plan")
-    context = context_of(config, bench, structure, statistics)
     with refusals("plan"):
+        context = goals.met(context_of(config, bench, structure, statistics), goals.of_bench(config, bench))
         decision = schedule.decide(context)
     clock.enter("cut")
     model = surgery.cut(base.config, base.weights, structure, decision.plan, models.own_weights(base))
@@ -171,10 +174,20 @@ def recover(
         teacher=bench.dense() if taught else None,
         marks=text.marks,
         look=look,
+        keep=None if pruned.beside is None else functools.partial(_keep, pruned.model, pruned.beside),
     )
     entry = registry.RECOVERY.get(recovery.type)
     report: RecoveryReport = entry.function(pruned.model, pruned.structure, text.tokens, recovery.options, context)
     return dataclasses.replace(report, dropped=text.dropped)
+
+
+def _keep(model: nn.Module, found: dict[str, Kept], updates: Updates) -> None:
+    """Put what is about to be merged into `found`, by the path of its module."""
+    names = {module: name for name, module in model.named_modules()}
+    for module, update in updates.items():
+        kept = Kept.of(module, update)
+        if kept is not None:
+            found[names[module]] = kept
 
 
 class Stopped(Exception):  # noqa: N818 - a decision, no error; it must pass through the training loop
@@ -363,6 +376,7 @@ def run_trial(
         cost = weigh(pruned.model, pruned, bench, clock)  # recovery changes none of it, and every trial has it
         ascent = Ascent(pruned, bench, clock, gates)
         notes = _sample_notes(config, bench, pruned.structure.outline)
+        notes |= goals.notes(goals.of_bench(config, bench), pruned.structure, pruned.plan)
         try:
             ascent.measure()
             notes |= _loss_notes(recover(pruned, config.recovery, config, bench, clock, ascent.look))

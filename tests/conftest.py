@@ -1,5 +1,6 @@
 """What every test shares: one thread, no network, a fixed budget of examples, a tiny checkpoint."""
 
+import dataclasses
 import os
 import sys
 
@@ -41,3 +42,20 @@ def exports_are_opened_here(request, monkeypatch):
     verify = sys.modules.get("adasearch.tuning.export._verify")
     if verify is not None and not request.node.nodeid.startswith(FRESH):
         monkeypatch.setattr(verify, "_open_fresh", verify.open_and_compare)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def exports_are_measured_here(request):
+    """Measure exports in this process too, with less work; `tests/test_speed.py` asks a fresh one."""
+    speed = sys.modules.get("adasearch.speed")
+    if speed is None or request.node.nodeid.startswith(("tests/test_speed", "tests/test_real_model")):
+        yield
+        return
+
+    def here(asked):
+        return speed.measure(dataclasses.replace(asked, threads=1, prompt=8, written=2))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "_ask", here)
+        patch.setattr(speed, "_MOST", 3)
+        yield

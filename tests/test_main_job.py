@@ -21,6 +21,7 @@ from adasearch.cli import main
 from adasearch.config import load_study
 from adasearch.environment import usable_cores
 from adasearch.records import DENSE, read_finals, read_records
+from adasearch.report import SPEEDS
 from adasearch.run import _going_on
 from tests.tiny import tiny_tokenizer
 
@@ -107,7 +108,7 @@ def test_the_job_leaves_what_the_readme_promises(finished):
         "export",
     } <= names
     board = pd.read_csv(finished / "leaderboard.csv")
-    assert list(board.columns) == COLUMNS
+    assert list(board.columns) == [*COLUMNS, *SPEEDS]
     assert "dense" in set(board["trial"].astype(str))
     assert "<html" in (finished / "report.html").read_text()
     manifest = json.loads((finished / "manifest.json").read_text())

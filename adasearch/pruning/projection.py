@@ -83,7 +83,7 @@ def removal(structure: ModelStructure, budget: BudgetConfig, biases: Iterable[st
     What the outline of the structure has removed already counts; it may be more than enough, see `project`.
     """
     # The decimal that the user wrote, not the nearest double: 0.2 of 10 parameters is 2, not 3.
-    exact = Fraction(str(budget.remove)) * _base(structure, budget)
+    exact = Fraction(str(budget.fraction)) * _base(structure, budget)
     gone = structure.dense.parameters - structure.parameters
     return math.ceil(exact) - gone + sum(structure.added(biases).values())
 

@@ -77,12 +77,19 @@ def trial_note(record: Record, dense: TrialResult | None) -> str:
     return "\n".join(lines)
 
 
-def study_note(config: StudyConfig, dense: TrialResult | None, best: Record | None) -> str:
-    """Return what a study is after, where it stands and how to go on from it."""
+def _aim(config: StudyConfig) -> str:
+    if config.removes is None:
+        assert config.budget.goal is not None, "a budget holds one of three"
+        return "bring the {} down to {:.0%} of that".format(*config.budget.goal)
     low, high = config.removes
     removes = f"{low:.0%}" if low == high else f"{low:.0%} to {high:.0%}"
+    return f"remove {removes} of the parameters"
+
+
+def study_note(config: StudyConfig, dense: TrialResult | None, best: Record | None) -> str:
+    """Return what a study is after, where it stands and how to go on from it."""
     lines = [
-        f"Search for the best way to remove {removes} of the parameters of "
+        f"Search for the best way to {_aim(config)} of "
         f"`{config.model.name.replace('`', '')}`: {config.trials} trials, seed {config.seed}.",
         "",
         f"Objective: mean {config.objective.metric} over {', '.join(map(escaped, config.objective.search))}; "

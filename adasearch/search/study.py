@@ -151,7 +151,8 @@ class SearchStudy:
                 warnings.simplefilter("ignore")
                 study.set_metric_names(telling.metric_names(self._config.objective))
             study.set_user_attr("model", self._config.model.name)
-            study.set_user_attr("remove", self._config.budget.remove)
+            aim, target = self._config.budget.goal or ("remove", self._config.budget.remove)
+            study.set_user_attr(aim, target)
             study.set_user_attr(_FINGERPRINT, self._config.fingerprint)
         elif held != self._config.fingerprint:
             problem = f"belongs to a study with fingerprint {held}, this one's is {self._config.fingerprint}"

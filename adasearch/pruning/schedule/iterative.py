@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 
 import torch
@@ -59,8 +58,7 @@ def _claims(
     def share(t: int) -> dict[str, float]:
         if not t:
             return dict.fromkeys(context.structure.dense_widths(), 0.0)
-        part = context.budget.remove * (t / steps)
-        budget = dataclasses.replace(context.budget, remove=part)
+        budget = context.budget.removing(context.budget.fraction * (t / steps))
         need = removal(context.structure, context.budget, context.biases) * t / steps
         return on_budget(context.structure, context.ratios(scores, statistics, budget), need)
 

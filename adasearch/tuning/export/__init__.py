@@ -12,18 +12,21 @@ reads the export back, for `adasearch verify` and `adasearch.load`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from adasearch.documents import value
-from adasearch.errors import ModelError
+from adasearch.errors import ConfigError, ModelError
 from adasearch.records import FinalRecord
+from adasearch.registry import RECOVERY
 
 if TYPE_CHECKING:
+    from adasearch.config import Component
     from adasearch.models import BaseModel
     from adasearch.pruning.plan import PruningPlan
     from adasearch.pruning.structure import ModelStructure
+    from adasearch.tuning.adapter_files import Kept
 
 MARKER = "adasearch.json"
 SUMS = "SHA256SUMS"
@@ -75,6 +78,8 @@ class Goods:
         structure: groups of the base model.
         plan: what was cut.
         card: what the model card tells.
+        beside: low-rank updates that were merged into the model, by module path, as they were before it; empty where
+            there are none, or no format asked for them.
     """
 
     model: Any
@@ -82,11 +87,28 @@ class Goods:
     structure: ModelStructure
     plan: PruningPlan
     card: ModelCard
+    beside: Mapping[str, Kept] = field(default_factory=dict)
 
     @property
     def dtype(self) -> str:
         """Return the number format of the weights, such as ``bfloat16``."""
         return str(self.model.dtype).removeprefix("torch.")
+
+
+def wants_adapters(formats: Iterable[Component]) -> bool:
+    """Return whether a format leaves low-rank updates beside the model."""
+    return any(getattr(wanted.options, "adapters", "merged") == "beside" for wanted in formats)
+
+
+def check(formats: Iterable[Component], recovery: Component, where: str) -> None:
+    """Return when a recovery leaves what formats ask for.
+
+    Raises:
+        ConfigError: updates shall lie beside the model, and there are none.
+    """
+    if wants_adapters(formats) and not RECOVERY.get(recovery.type).facts.get("adapters"):
+        known = ", ".join(name for name in RECOVERY.names() if RECOVERY.get(name).facts.get("adapters"))
+        raise ConfigError(where, f"adapters: beside needs a recovery with adapters ({known}), given {recovery.type}")
 
 
 @value

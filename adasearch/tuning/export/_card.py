@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import yaml
 
 from adasearch.config import TaskScore
+from adasearch.records import Speed
 from adasearch.tuning.export import ModelCard
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
+MADE = "## How it was made"
 _UNKNOWN_LICENCE = "unknown to adasearch; that of the base model applies, so look it up before you share this"
 
 _LOAD_STOCK = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -103,7 +106,7 @@ def _block(title: str, data: object) -> list[str]:
 
 
 def _origin(card: ModelCard) -> list[str]:
-    lines = ["## How it was made", ""]
+    lines = [MADE, ""]
     if card.command:
         lines += ["```sh", card.command, "```", ""]
     lines += _block("Budget:", card.budget)
@@ -124,6 +127,48 @@ def _front_matter(card: ModelCard) -> list[str]:
     if card.licence:
         front["license"] = card.licence
     return ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", ""]
+
+
+SPEED = "## Speed and memory"
+
+
+def speed_lines(speed: Speed) -> list[str]:
+    """Return the section of the card on what an export takes beside the dense model."""
+    head = ["| | this model | dense | |", "|---|---:|---:|---:|"]
+    rows = [_bytes_row("weight files", speed.file_bytes, speed.dense_file_bytes)]
+    if speed.prefill is None or speed.decode is None:
+        note = "How fast it is depends on what runs it: `llama-bench -m model.gguf` measures llama.cpp on your machine."
+        return [SPEED, "", *head, *rows, "", note, ""]
+    rows.append(_bytes_row("peak memory", speed.peak_bytes, speed.dense_peak_bytes))
+    for name, found in (("prefill", speed.prefill), ("decode", speed.decode)):
+        gain = f"× {found.gain:.2f} ± {found.spread:.2f}"
+        rows.append(f"| {name}, tokens/s | {found.own:.1f} | {found.dense:.1f} | {gain} |")
+    bare = f", {speed.bare_bytes / 2**20:.0f} MiB of it before a model is opened" if speed.bare_bytes else ""
+    note = (
+        f"Batch 1, {speed.device}, {speed.threads} threads, {speed.dtype}; a prompt of {speed.prompt} tokens, then "
+        f"{speed.written} written one by one. Medians; both models take turns in one process, on the machine of the "
+        f"run. Peak memory is that of a process that opens the model, reads and writes{bare}."
+    )
+    return [SPEED, "", note, "", *head, *rows, ""]
+
+
+def _bytes_row(name: str, own: int, dense: int) -> str:
+    share = f"× {own / dense:.2f}" if dense else ""
+    return f"| {name}, MiB | {own / 2**20:.1f} | {dense / 2**20:.1f} | {share} |"
+
+
+def with_section(text: str, section: Sequence[str]) -> str:
+    """Return a card with a section (its lines, the heading first) before the one on how the model was made.
+
+    An older one under the same heading goes.
+    """
+    lines = text.splitlines()
+    if section[0] in lines:
+        begin = lines.index(section[0])
+        end = next(i for i, line in enumerate(lines) if i > begin and line.startswith("## "))
+        del lines[begin:end]
+    place = lines.index(MADE)
+    return "\n".join([*lines[:place], *section, *lines[place:], ""])
 
 
 def model_card(card: ModelCard, *, title: str, layout: str, plan: PruningPlan, notes: tuple[str, ...] = ()) -> str:

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from adasearch.errors import ModelError, StorageError
 from adasearch.records import storage_errors, write_atomically, write_json
 from adasearch.tuning.export import MARKER, SUMS, ExportReport, Goods, VerifyReport
-from adasearch.tuning.export._card import model_card
+from adasearch.tuning.export._card import model_card, with_section
 from adasearch.tuning.export._verify import logits_of, sample_of, sha256, verify
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
     from adasearch.pruning.plan import PruningPlan
     from adasearch.pruning.structure import ModelStructure
+
+
+CARD = "README.md"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -164,6 +167,37 @@ def _place(draft: Path, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def _linked(source: str, target: str) -> str:
+    """Give a file a second name, or copy it where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
+
+
+def amend_card(folder: Path, section: Sequence[str]) -> None:
+    """Put a section into the card of an export that stands already, see `_card.with_section`.
+
+    A folder of the same files, but for the card and its checksum, takes its place in one step.
+
+    Raises:
+        StorageError: the disk is full or the folder is not writable.
+    """
+    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with _disk(folder):
+            shutil.copytree(folder, draft, copy_function=_linked)
+            card, sums = draft / CARD, (draft / SUMS).read_text(encoding="utf-8")
+            text = with_section(card.read_text(encoding="utf-8"), section)
+            before = f"{sha256(card)}  {CARD}\n"
+            write_atomically(card, text.encode())
+            write_atomically(draft / SUMS, sums.replace(before, f"{sha256(card)}  {CARD}\n").encode())
+            _place(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
 def publish(
     goods: Goods, folder: Path, name: str, write: Callable[[Path], Contents], *, overwrite: bool
 ) -> ExportReport:
@@ -192,7 +226,7 @@ def publish(
             plan.save(draft / "plan.json")
             write_json(draft / MARKER, _marker(goods, name, found, logits))
             text = model_card(goods.card, title=folder.name, layout=found.layout, plan=plan, notes=found.notes)
-            write_atomically(draft / "README.md", text.encode())
+            write_atomically(draft / CARD, text.encode())
             size = seal(draft)
             report = _verified(draft, logits, next(goods.model.parameters()).device.type)
             if not report.sound:

@@ -8,15 +8,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from adasearch.documents import parse, plain, value
-from adasearch.errors import AdaSearchError, ConfigError, ModelError
+from adasearch import fresh
+from adasearch.documents import parse, value
+from adasearch.errors import ConfigError, ModelError
 from adasearch.registry import EXPORT
 from adasearch.tuning.export import MARKER, SUMS, VerifyReport
 
@@ -27,8 +25,6 @@ PROMPTS = 8
 LENGTH = 24
 NEW_TOKENS = 16
 SAMPLED = 16
-ANSWER = "adasearch-verify:"
-SECONDS = 3600
 WEIGHTS = ("*.safetensors", "*.gguf")
 
 
@@ -99,22 +95,23 @@ def check_files(folder: Path) -> tuple[int, list[str]]:
         return 0, [f"{SUMS} must be readable: {error}"]
     problems = []
     for name, digest in sums.items():
-        if Path(name).name != name:
-            problems.append(f"{SUMS} must list plain file names, given {name!r}")
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            problems.append(f"{SUMS} must list files of this folder, given {name!r}")
         elif not (folder / name).is_file():
             problems.append(f"{name} is missing")
         elif sha256(folder / name) != digest:
             problems.append(f"{name} has changed since it was written")
-    stray = sorted(p.name for kind in WEIGHTS for p in folder.glob(kind) if p.name not in sums)
+    found = (path.relative_to(folder).as_posix() for kind in WEIGHTS for path in folder.rglob(kind))
+    stray = sorted(name for name in found if name not in sums)
     problems += [f"{name} is not listed in {SUMS}" for name in stray]
     if MARKER not in sums:
         problems.append(f"{SUMS} must list {MARKER}")
     return len(sums), problems
 
 
-def _open(folder: Path, device: str) -> Any:
+def open_export(folder: Path, device: str) -> Any:
     """Open `folder` as its format does, which the marker names."""
-    name = str(_marker(folder).get("format"))
+    name = str(marker(folder).get("format"))
     try:
         return EXPORT.get(name, f"{folder}/{MARKER}").facts["open"](folder, device)
     except ConfigError as error:
@@ -142,10 +139,10 @@ def open_and_compare(folder: Path, reference: Path | None, device: str) -> Opene
     import torch
     from safetensors.torch import load_file
 
-    model = widened(_open(folder, device))
+    model = widened(open_export(folder, device))
     logits = logits_of(model)
     if reference is None:
-        kept = _marker(folder)["logits"]
+        kept = marker(folder)["logits"]
         difference = float((torch.tensor(sample_of(logits)) - torch.tensor(kept)).abs().max())
     else:
         difference = float((logits - load_file(reference)["logits"]).abs().max())
@@ -158,21 +155,8 @@ def open_and_compare(folder: Path, reference: Path | None, device: str) -> Opene
 
 
 def _open_fresh(folder: Path, reference: Path | None, device: str) -> Opened:
-    """Do `open_and_compare` in a new interpreter that is told to stay off the network."""
-    root = str(Path(__file__).resolve().parents[3])
-    with tempfile.TemporaryDirectory() as modules:
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_MODULES_CACHE": modules}
-        env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [sys.executable, "-m", __name__, str(folder.resolve()), str(reference or ""), device]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=SECONDS)
-    answers = [line.removeprefix(ANSWER) for line in done.stdout.splitlines() if line.startswith(ANSWER)]
-    if not answers:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        raise ModelError(f"it cannot be opened in a fresh process: {last[0]}")
-    answer = json.loads(answers[-1])
-    if "error" in answer:
-        raise ModelError(answer["error"])
-    return parse(Opened, answer, "verify:")
+    """Do `open_and_compare` in a new interpreter."""
+    return parse(Opened, fresh.ask(__name__, [str(folder.resolve()), str(reference or ""), device]), "verify:")
 
 
 def _judge(opened: Opened, expected: int, tolerance: float) -> list[str]:
@@ -186,7 +170,12 @@ def _judge(opened: Opened, expected: int, tolerance: float) -> list[str]:
     return problems
 
 
-def _marker(folder: Path) -> dict[str, Any]:
+def marker(folder: Path) -> dict[str, Any]:
+    """Return what the marker of an export says.
+
+    Raises:
+        ModelError: there is none, or it is damaged.
+    """
     try:
         data = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         return {**data, "parameters": int(data["parameters"])}
@@ -207,7 +196,7 @@ def verify(folder: Path, *, reference: Path | None = None, device: str = "cpu", 
         ModelError: `folder` is no export of adasearch.
     """
     folder = Path(folder)
-    expected = _marker(folder)["parameters"]
+    expected = marker(folder)["parameters"]
     files, problems = check_files(folder)
     opened = Opened(parameters=0, difference=float("nan"), scale=0.0, cache_agrees=False)
     tolerance = 1e-4
@@ -219,8 +208,6 @@ def verify(folder: Path, *, reference: Path | None = None, device: str = "cpu", 
             problems = _judge(opened, expected, tolerance)
         except ModelError as error:
             problems = [str(error)]
-        except subprocess.TimeoutExpired:
-            problems = [f"opening it took more than {SECONDS} seconds"]
     return VerifyReport(
         folder=str(folder),
         files=files,
@@ -235,13 +222,9 @@ def verify(folder: Path, *, reference: Path | None = None, device: str = "cpu", 
 
 
 def main(arguments: list[str]) -> None:
-    """Answer for one export on standard output."""
+    """Answer for one export."""
     folder, reference, device = arguments
-    try:
-        answer = plain(open_and_compare(Path(folder), Path(reference) if reference else None, device))
-    except AdaSearchError as error:
-        answer = {"error": str(error)}
-    sys.stdout.write(f"\n{ANSWER}{json.dumps(answer)}\n")
+    fresh.respond(lambda: open_and_compare(Path(folder), Path(reference) if reference else None, device))
 
 
 if __name__ == "__main__":

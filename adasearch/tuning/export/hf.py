@@ -8,15 +8,20 @@ the index that transformers reads.
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from adasearch import loading, modeling_adasearch
 from adasearch.documents import value
 from adasearch.errors import ModelError
 from adasearch.registry import EXPORT
+from adasearch.tuning import adapter_files
 from adasearch.tuning.export import ExportReport, Goods
 from adasearch.tuning.export._files import FileSize, accepted, layer_widths, write_text_files, write_weights
 from adasearch.tuning.export._folder import Contents, publish
@@ -26,7 +31,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from adasearch.models import BaseModel
+    from adasearch.tuning.adapter_files import Kept
 
+_BESIDE = """The weights in this folder are those **before** the fine-tune; its low-rank updates lie in `adapter/`, in
+PEFT's format. `adasearch.load` opens both and merges them. With PEFT, once the model is loaded as below:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(model, "path/to/folder/adapter")  # model.merge_and_unload() merges
+```"""
 _LAYER_BIAS = re.compile(r"(?P<module>.*\.layers\.\d+\..*)\.bias")
 
 
@@ -36,14 +50,17 @@ class HfOptions:
 
     Args:
         shard: greatest size of a weight file, such as ``500MB``.
+        adapters: ``merged`` into the weights, or ``beside`` them: the model as it was before its recovery, and the
+            low-rank updates in ``adapter/``, in PEFT's format.
     """
 
     shard: FileSize = "5GB"
+    adapters: Literal["merged", "beside"] = "merged"
 
     @property
     def label(self) -> str:
-        """Return what its folder is called after the name of the model: nothing, it is the usual form."""
-        return ""
+        """Return what its folder is called after the name of the model: nothing for the usual form."""
+        return "" if self.adapters == "merged" else "adapters"
 
 
 def _stock_config(base: BaseModel, widths: dict[str, int], dtype: str) -> Any | None:
@@ -93,19 +110,43 @@ def open_model(folder: Path, device: str) -> PreTrainedModel:
         return loading.load(folder, device=device)
     from transformers import AutoModelForCausalLM
 
-    return loading.open_with(AutoModelForCausalLM, folder, dtype="auto", device=device, trust=True)
+    model = loading.open_with(AutoModelForCausalLM, folder, dtype="auto", device=device, trust=True)
+    loading.merge_adapter(model, folder)
+    return model
 
 
 @EXPORT.register(options=HfOptions, open=open_model)
 def export(goods: Goods, folder: Path, options: HfOptions, *, overwrite: bool = False) -> ExportReport:
-    """Write a pruned model as a Hugging Face folder; arguments and errors are those of `publish`."""
+    """Write a pruned model as a Hugging Face folder; arguments and further errors are those of `publish`.
+
+    Raises:
+        ModelError: adapters shall lie beside the model, and no recovery left any.
+    """
+    beside = goods.beside if options.adapters == "beside" else {}
+    if options.adapters == "beside" and not beside:
+        raise ModelError("hf: adapters can lie beside a model whose recovery trained some; this one has none")
 
     def write(draft: Path) -> Contents:
         config, layout = _config(goods)
-        write_weights(goods.model.state_dict(), draft, options.shard, tied=goods.base.shape.tied)
+        state = goods.model.state_dict() | {f"{name}.weight": kept.weight for name, kept in beside.items()}
+        write_weights(state, draft, options.shard, tied=goods.base.shape.tied)
         write_text_files(config, goods.base, draft)
         if layout == "per_layer":
             shutil.copyfile(modeling_adasearch.__file__, draft / modeling_adasearch.FILE_NAME)
-        return Contents(layout=layout, as_read=goods.model)
+        if not beside:
+            return Contents(layout=layout, as_read=goods.model)
+        adapter_files.write(draft / adapter_files.FOLDER, beside)
+        return Contents(layout=layout, as_read=_as_read(goods.model, beside), notes=(_BESIDE,))
 
     return publish(goods, folder, "hf", write, overwrite=overwrite)
+
+
+def _as_read(model: Any, beside: Mapping[str, Kept]) -> Any:
+    """Return a copy of the model that was merged as a reader merges it: a row's length divides in another order."""
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, kept in beside.items():
+            module = copied.get_submodule(name)
+            module.weight.copy_(kept.weight)
+            kept.apply(module)
+    return copied

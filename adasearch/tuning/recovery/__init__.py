@@ -14,6 +14,8 @@ for the dense model in the context.
 
 Fact `check`: what is wrong with the options for projections of given shapes, ``check(options, shapes)``; it raises a
 ConfigError that names the setting. It is asked with the dense model's shapes before any work, and again after the cut.
+
+Fact `adapters`: True where what is trained are low-rank updates, which `RecoveryContext.keep` gets before the merge.
 """
 
 from __future__ import annotations
@@ -101,6 +103,7 @@ class RecoveryContext:
         marks: of `tokens`, for documents that are packed, or counted in part; None is a plain stream.
         look: called after each step but the last with (steps done, steps, low-rank updates that are not merged yet); it
             may measure the model, and raise to stop the training.
+        keep: called with the finished updates (float32) just before they are merged, where there are some.
     """
 
     seed: int = 0
@@ -109,6 +112,7 @@ class RecoveryContext:
     teacher: nn.Module | None = None
     marks: Marks | None = None
     look: Callable[[int, int, Updates], None] | None = None
+    keep: Callable[[Updates], None] | None = None
 
 
 @value

@@ -213,6 +213,9 @@ def tune(
         report = train(model, masters, tokens, run, context, adapters)
     masters.restore_precision()
     with torch.no_grad():
-        for module, update in adapters.updates().items():
+        updates = adapters.updates()
+        if context.keep is not None:
+            context.keep(updates)
+        for module, update in updates.items():
             merge(module, update)
     return report

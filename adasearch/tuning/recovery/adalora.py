@@ -171,7 +171,7 @@ def _triplets(module: nn.Linear, rank: int) -> Triplets:
     return Triplets(*(nn.Parameter(factor.to(like.dtype)) for factor in (left, values, right)))
 
 
-@RECOVERY.register(options=AdaloraOptions, check=check)
+@RECOVERY.register(options=AdaloraOptions, check=check, adapters=True)
 def recover(
     model: nn.Module, structure: ModelStructure, tokens: Tensor, options: AdaloraOptions, context: RecoveryContext
 ) -> RecoveryReport:

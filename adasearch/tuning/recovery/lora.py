@@ -142,7 +142,7 @@ def _scale(options: LoraOptions, rank: int) -> float:
     return options.alpha / (rank if options.scaling == "standard" else math.sqrt(rank))
 
 
-@RECOVERY.register(options=LoraOptions, check=check)
+@RECOVERY.register(options=LoraOptions, check=check, adapters=True)
 def recover(
     model: nn.Module, structure: ModelStructure, tokens: Tensor, options: LoraOptions, context: RecoveryContext
 ) -> RecoveryReport:

@@ -171,7 +171,7 @@ def _loss_without(model: nn.Module, ids: Tensor, updates: Updates, module: nn.Mo
     return float(next_token_loss(model, ids, updates=rest)[1])
 
 
-@RECOVERY.register(options=PrunePeftOptions, check=check)
+@RECOVERY.register(options=PrunePeftOptions, check=check, adapters=True)
 def recover(
     model: nn.Module, structure: ModelStructure, tokens: Tensor, options: PrunePeftOptions, context: RecoveryContext
 ) -> RecoveryReport:

@@ -137,7 +137,7 @@ def _grads(update: Update, masters: Masters) -> tuple[Tensor, ...]:
     return found[0], found[1].T
 
 
-@RECOVERY.register(options=PrunedloraOptions, check=check)
+@RECOVERY.register(options=PrunedloraOptions, check=check, adapters=True)
 def recover(
     model: nn.Module, structure: ModelStructure, tokens: Tensor, options: PrunedloraOptions, context: RecoveryContext
 ) -> RecoveryReport:

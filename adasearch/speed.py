@@ -1,0 +1,245 @@
+"""Speed and memory of exported models beside the dense one, measured when a run has nothing else to do.
+
+Batch 1: tokens per second of reading a prompt (prefill) and of writing after it with the key-value cache (decode).
+Export and dense model take turns in one process, since the speed of a machine drifts; their ratio is what counts.
+Greatest memory is that of a process that opens one of them alone.
+
+``python -m adasearch.speed REQUEST`` is such a process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from adasearch import costs, fresh, loading, models
+from adasearch.config import StudyConfig
+from adasearch.documents import parse, plain, value
+from adasearch.environment import peak_memory, usable_cores
+from adasearch.errors import ModelError
+from adasearch.records import FinalRecord, Rate, Speed, write_final
+from adasearch.tuning.export import MARKER
+from adasearch.tuning.export._card import speed_lines
+from adasearch.tuning.export._folder import amend_card
+from adasearch.tuning.export._verify import WEIGHTS, marker, open_export
+from adasearch.workbench import cache_folder
+
+PROMPT, WRITTEN = 128, 16
+_LEAST, _MOST = 3, 9
+"""Pairs that a rate is taken of."""
+
+
+@value
+class Request:
+    """What another process is to measure.
+
+    Args:
+        folder: model to open: an export, or a folder of transformers.
+        dense: dense model that it is timed beside; None has the memory alone.
+    """
+
+    folder: str
+    dense: str | None
+    device: str
+    threads: int
+    prompt: int = PROMPT
+    written: int = WRITTEN
+
+
+@value
+class Answer:
+    """What it found, see `Speed`."""
+
+    bare_bytes: int
+    peak_bytes: int
+    dtype: str
+    prefill: Rate | None = None
+    decode: Rate | None = None
+
+
+def _greedy(model: Any, ids: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    """Read a prompt, and return the cache and the most likely next token (1 × 1)."""
+    read = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    return read.past_key_values, read.logits[:, -1:].argmax(-1)
+
+
+def decode_seconds(model: Any, ids: torch.Tensor, written: int) -> float:
+    """Return the seconds of writing tokens one by one, the most likely each time, after a prompt that is read before.
+
+    Args:
+        model: causal language model in the layout of transformers.
+        ids: the prompt, 1 × T.
+        written: tokens.
+    """
+    cache, last = _greedy(model, ids)
+
+    def write() -> None:
+        token = last
+        for _ in range(written):
+            logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            token = logits[:, -1:].argmax(-1)
+
+    return costs.seconds_of(write, ids.device)
+
+
+def prefill_seconds(model: Any, ids: torch.Tensor) -> float:
+    """Return the seconds of reading a prompt (1 × T), its keys and values kept."""
+    return costs.seconds_of(lambda: _greedy(model, ids), ids.device)
+
+
+def rate(tokens: int, own: Callable[[], float], dense: Callable[[], float]) -> Rate:
+    """Return the tokens per second of two works of `tokens` tokens each that take turns, see `costs.in_turns`."""
+    times = costs.in_turns(own, dense, least=_LEAST, most=_MOST)
+    gains = times[:, 1] / times[:, 0]
+    speeds = tokens / np.median(times, axis=0)
+    return Rate(
+        own=float(speeds[0]), dense=float(speeds[1]), gain=float(np.median(gains)), spread=costs.median_error(gains)
+    )
+
+
+def rates(model: Any, dense: Any, prompt: int, written: int) -> tuple[Rate, Rate]:
+    """Return prefill and decode of a model beside the dense one, batch 1.
+
+    Args:
+        model: causal language model in the layout of transformers, on the device of the other.
+        dense: what it is compared with.
+        prompt: tokens of the prompt.
+        written: tokens written after it.
+    """
+    vocabulary = min(m.get_input_embeddings().weight.shape[0] for m in (model, dense))
+    ids = (torch.arange(prompt, device=model.get_input_embeddings().weight.device) % vocabulary)[None]
+    with torch.inference_mode():
+        prefill = rate(prompt, lambda: prefill_seconds(model, ids), lambda: prefill_seconds(dense, ids))
+        decode = rate(written, lambda: decode_seconds(model, ids, written), lambda: decode_seconds(dense, ids, written))
+    return prefill, decode
+
+
+def _opened(folder: Path, device: str) -> Any:
+    return open_export(folder, device) if (folder / MARKER).is_file() else loading.load(folder, device=device)
+
+
+def measure(asked: Request) -> Answer:
+    """Return what a request asks for, measured in this process; its peak memory is that of the first model alone."""
+    models.set_threads(asked.threads)
+    on_gpu = asked.device == "cuda"
+    bare = 0 if on_gpu else peak_memory()
+    model = _opened(Path(asked.folder), asked.device)
+    ids = torch.arange(asked.prompt, device=asked.device)[None] % model.config.vocab_size
+    with torch.inference_mode():
+        decode_seconds(model, ids, asked.written)
+    peak = models.gpu_peak() if on_gpu else peak_memory()
+    found = Answer(bare_bytes=bare, peak_bytes=peak, dtype=str(model.dtype).removeprefix("torch."))
+    if asked.dense is None:
+        return found
+    dense = _opened(Path(asked.dense), asked.device)
+    # How weights lie in memory follows from how a file was opened, and is no matter of the model.
+    prefill, decode = rates(costs.aligned(model), costs.aligned(dense), asked.prompt, asked.written)
+    return dataclasses.replace(found, prefill=prefill, decode=decode)
+
+
+def _ask(asked: Request) -> Answer:
+    """Do `measure` in a new interpreter."""
+    with tempfile.TemporaryDirectory() as room:
+        path = Path(room) / "request.json"
+        path.write_text(json.dumps(plain(asked)), encoding="utf-8")
+        return parse(Answer, fresh.ask(__name__, [str(path)]), "speed:")
+
+
+def exports_of(run: Path, record: FinalRecord) -> dict[str, Path]:
+    """Return the exports of a model by the label of their format, ``""`` first, whatever rank they are named by."""
+    pattern = re.compile(rf"(?:\d+-)?{re.escape(record.name)}(?:\.(.+))?")
+    found = ((pattern.fullmatch(path.name), path) for path in sorted((run / "export").glob(f"*{record.name}*")))
+    return dict(sorted((match[1] or "", path) for match, path in found if match))
+
+
+def _weights_size(folder: Path) -> int:
+    return sum(path.stat().st_size for kind in WEIGHTS for path in folder.rglob(kind))
+
+
+class Scale:
+    """Measures exports of one run beside its dense model, whose own memory is measured once.
+
+    Args:
+        study: of the run.
+        run: its folder.
+    """
+
+    def __init__(self, study: StudyConfig, run: Path) -> None:
+        self._device = "cpu" if study.cluster.gpus_per_worker == 0 else models.pick_device().type
+        dtype = models.pick_dtype(study.model.dtype, self._device)
+        self._dense = models.fetch_weights(models.resolve(study.model), cache_folder(run) / "models", dtype)
+        self._threads = usable_cores()
+        self._dense_peak = 0
+
+    def speed(self, folder: Path, label: str) -> Speed:
+        """Return what the export in `folder` takes; of one that torch does not run, the size of its file alone.
+
+        Raises:
+            ModelError: it cannot be opened, or there is not memory enough for both models.
+        """
+        sizes = Speed(
+            format=label or "hf", file_bytes=_weights_size(folder), dense_file_bytes=_weights_size(self._dense)
+        )
+        if marker(folder).get("layout") == "gguf":
+            return sizes
+        if not self._dense_peak:
+            self._dense_peak = _ask(self._request(self._dense, None)).peak_bytes
+        asked = self._request(folder, self._dense)
+        found = _ask(asked)
+        return dataclasses.replace(
+            sizes,
+            prefill=found.prefill,
+            decode=found.decode,
+            peak_bytes=found.peak_bytes,
+            dense_peak_bytes=self._dense_peak,
+            bare_bytes=found.bare_bytes,
+            device=asked.device,
+            dtype=found.dtype,
+            threads=asked.threads,
+            prompt=asked.prompt,
+            written=asked.written,
+        )
+
+    def _request(self, folder: Path, dense: Path | None) -> Request:
+        beside = None if dense is None else str(dense.resolve())
+        return Request(folder=str(folder.resolve()), dense=beside, device=self._device, threads=self._threads)
+
+
+def measure_exports(
+    study: StudyConfig, run: Path, records: Iterable[FinalRecord], say: Callable[[str], None]
+) -> list[FinalRecord]:
+    """Measure the exports of models that have no figures yet, write these into records and cards, return all records.
+
+    To be called when nothing else of the run computes. What cannot be measured is said, and left out.
+    """
+    found, scale = [], None
+    for record in records:
+        exports = exports_of(run, record)
+        if exports and not record.speeds:
+            speeds = []
+            for label, folder in exports.items():
+                try:
+                    scale = scale or Scale(study, run)
+                    speeds.append(scale.speed(folder, label))
+                    amend_card(folder, speed_lines(speeds[-1]))
+                except ModelError as error:
+                    say(f"{folder.name}: speed and memory are not known: {error}")
+            record = dataclasses.replace(record, speeds=tuple(speeds))
+            write_final(run, record)
+        found.append(record)
+    return found
+
+
+if __name__ == "__main__":
+    fresh.respond(
+        lambda: measure(parse(Request, json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), "request:"))
+    )
