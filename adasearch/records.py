@@ -16,9 +16,9 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -128,18 +128,19 @@ def storage_errors(path: Path) -> Any:
         raise
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that at any moment the old or the new content stands there, never a part.
+@contextlib.contextmanager
+def writing_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to write, which takes the place of `path` at the end: the old or the new content, never a part.
 
     Raises:
-        StorageError: the disk is full or the folder is not writable.
+        StorageError: the disk is full or the folder is not writable; the old content stays.
     """
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with draft.open("wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             draft.replace(path)
@@ -150,6 +151,16 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that at any moment the old or the new content stands there, never a part.
+
+    Raises:
+        StorageError: the disk is full or the folder is not writable.
+    """
+    with writing_atomically(path) as file:
+        file.write(data)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -47,6 +47,10 @@ class Marks:
         """Return the same on a device."""
         return Marks(segments=self.segments.to(device), counted=self.counted.to(device))
 
+    def lines(self, length: int) -> Marks:
+        """Return the marks of a whole stream as those of its sequences (B × T)."""
+        return Marks(segments=self.segments.view(-1, length), counted=self.counted.view(-1, length))
+
     def predicted(self) -> Tensor:
         """Return which positions predict a token that counts (B × (T - 1), bool), of marks of B × T tokens.
 
