@@ -11,9 +11,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import pydantic
+from typing import Any
 
 from adasearch import registry
 from adasearch.documents import (
@@ -35,6 +33,7 @@ from adasearch.racing import FidelityConfig, RacingConfig, Rung
 from adasearch.registry import Registry, nearest
 from adasearch.sections import (
     BudgetConfig,
+    CalibrationConfig,
     ClusterConfig,
     LimitsConfig,
     Metric,
@@ -44,6 +43,8 @@ from adasearch.sections import (
     ReportConfig,
     SamplerConfig,
     StoppingConfig,
+    TrainingRules,
+    UnitsConfig,
 )
 
 
@@ -80,31 +81,14 @@ class FinalizeConfig:
     """What happens after the search: how many configurations are fine-tuned, how, and into which formats (``[hf]``).
 
     `workers` finalists are fine-tuned at the same time; None takes as many as the search, or fewer where memory does
-    not hold them: a full fine-tune needs about 18 bytes per parameter.
+    not hold them. `training` says how they are: budget of time, validation, checkpoints, memory, processes.
     """
 
     top: Count = 3
     workers: Count | None = None
     recovery: Component
+    training: TrainingRules = TrainingRules()
     formats: tuple[Component, ...] = ()
-
-
-@value
-class CalibrationConfig:
-    """Which text the statistics come from: `samples` sequences of `length` tokens of `corpus`, drawn by seed `draw`."""
-
-    corpus: str
-    samples: Count = 32
-    length: Annotated[int, pydantic.Field(ge=8, le=8192)] = 128
-    draw: Index = 0
-
-
-@value
-class UnitsConfig:
-    """What can go: attention by whole KV groups or by the same number of query heads in each group; MLP channels."""
-
-    attention: Literal["kv_group", "head", "none"] = "kv_group"
-    mlp: Literal["channel", "none"] = "channel"
 
 
 COMPONENTS: dict[str, Registry] = {

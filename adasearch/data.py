@@ -19,12 +19,12 @@ import torch
 
 from adasearch import chat
 from adasearch.chat import Conversation, Written, conversation
-from adasearch.config import CalibrationConfig
 from adasearch.corpora import CHAT, Corpus, parse_corpus
 from adasearch.documents import value
 from adasearch.errors import DataError
 from adasearch.passages import EMBEDDED, blocks, passages
 from adasearch.registry import nearest
+from adasearch.sections import CalibrationConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,6 +48,14 @@ def part_of(text: str) -> str:
     """
     position = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16) / 16**12
     return next(name for name, (low, high) in PARTS.items() if low <= position < high)
+
+
+def held_out(text: str, share: float) -> bool:
+    """Return whether a document is one of the `share` of all that is kept apart to measure a training on.
+
+    It follows from the text alone, and from other digits of its digest than `part_of`.
+    """
+    return int(hashlib.sha256(text.encode()).hexdigest()[12:24], 16) / 16**12 < share
 
 
 def _row_text(row: Mapping[str, Any], name: str) -> str:

@@ -94,6 +94,8 @@ class FinalRecord:
         gpu_bytes: greatest memory of the worker's tensors on a GPU, 0 without one.
         search: what the search knows of it, None where there was none.
         merit: what finalists are ranked by, None before all of them are there; see `adasearch.winner`.
+        validation: loss on text held out from its recovery by steps done, where that was asked for.
+        ended: why its recovery ended before all of its tokens were seen, empty where it did not.
     """
 
     name: str
@@ -112,6 +114,8 @@ class FinalRecord:
     gpu_bytes: int = 0
     search: Evidence | None = None
     merit: float | None = None
+    validation: tuple[tuple[int, float], ...] = ()
+    ended: str = ""
 
 
 @contextlib.contextmanager
@@ -291,15 +295,19 @@ def ranked_finals(finals: Iterable[FinalRecord], metric: Metric) -> list[FinalRe
     return sorted(found, key=lambda r: (-mean_of(r.selected, metric)[0], r.trial))
 
 
-def state_writer(folder: Path) -> Callable[[str, float | None], None]:
-    """Return an observer that writes ``state.json`` at each new phase, and at most once a second within one."""
+def state_writer(folder: Path) -> Callable[[str, float | None, Any], None]:
+    """Return an observer that writes ``state.json`` at each new phase, and at most once a second within one.
+
+    It is called with a phase, the progress in it, and where its training stands, None for what is not known.
+    """
     last = {"phase": "", "time": 0.0}
 
-    def observe(phase: str, progress: float | None) -> None:
+    def observe(phase: str, progress: float | None, training: Any = None) -> None:
         now = time.time()
         if phase == last["phase"] and now - float(last["time"]) < 1.0:
             return
         last.update(phase=phase, time=now)
-        write_json(folder / "state.json", {"phase": phase, "progress": progress, "since": now, "pid": os.getpid()})
+        state = {"phase": phase, "progress": progress, "training": training, "since": now, "pid": os.getpid()}
+        write_json(folder / "state.json", state)
 
     return observe

@@ -248,6 +248,24 @@ class LimitsConfig:
 
 
 @value
+class CalibrationConfig:
+    """Which text the statistics come from: `samples` sequences of `length` tokens of `corpus`, drawn by seed `draw`."""
+
+    corpus: str
+    samples: Count = 32
+    length: Annotated[int, pydantic.Field(ge=8, le=8192)] = 128
+    draw: Index = 0
+
+
+@value
+class UnitsConfig:
+    """What can go: attention by whole KV groups or by the same number of query heads in each group; MLP channels."""
+
+    attention: Literal["kv_group", "head", "none"] = "kv_group"
+    mlp: Literal["channel", "none"] = "channel"
+
+
+@value
 class ValidationConfig:
     """Text that a recovery is measured on while it trains, and never trained on; the best weights are kept.
 

@@ -169,7 +169,10 @@ def _records(order: Order, study: StudyConfig, name: str, room: Path) -> tuple[F
         command=order.command,
     )
     try:
-        return run_final(dense_task(items=()), bench), run_final(task, bench)
+        dense, pruned = run_final(dense_task(items=()), bench), run_final(task, bench)
+        assert dense is not None
+        assert pruned is not None
+        return dense, pruned
     except TrialError as error:
         if error.kind == "config":
             raise ConfigError(_WHERE.rstrip(":"), error.message) from error

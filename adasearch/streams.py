@@ -69,6 +69,7 @@ class TrainingText:
         epochs: how often the corpus was gone through that was gone through most (fraction).
         shares: tokens read of each corpus of a mixture, as fractions of all that were read.
         dropped: documents that were left out because a report item stands in them, where somebody counted.
+        held: text of documents that are not in this one, to measure a training on; None where none was asked for.
     """
 
     tokens: Any
@@ -76,6 +77,7 @@ class TrainingText:
     epochs: float = 0.0
     shares: tuple[float, ...] = ()
     dropped: int = 0
+    held: TrainingText | None = None
 
 
 @value

@@ -31,7 +31,7 @@ FLOORS = [
     ["outlined"],
     ["tuning", "loading"],
     ["search"],
-    ["environment", "workbench"],
+    ["environment", "workbench", "conduct"],
     ["outlining", "costs", "text_checks"],
     ["trial"],
     [
@@ -50,6 +50,7 @@ FLOORS = [
         "pictures",
         "checks",
         "display",
+        "teams",
     ],
     ["run", "single"],
     ["cli"],

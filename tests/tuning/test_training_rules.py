@@ -1,6 +1,5 @@
 """How a training is run: checkpoints, validation, memory, number formats; one class for each promise."""
 
-import copy
 import dataclasses
 import errno
 import io
@@ -8,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -22,10 +19,10 @@ from adasearch.streams import TrainingText
 from adasearch.tuning import snapshots
 from adasearch.tuning.recovery import RecoveryContext
 from adasearch.tuning.snapshots import Snapshots
-from tests import tiny
-from tests.tuning.test_recovery import BATCH, LENGTH, TRAINING, cut_model, options, plain_loss, stream
+from tests.tuning.test_recovery import LENGTH, TRAINING, cut_model, options, stream
 
 PARTS = {"plan": "p", "recovery": "r", "text": "t"}
+USUAL = TrainingRules()
 ALWAYS = 1e-9  # seconds between checkpoints: one after every step
 
 
@@ -33,29 +30,29 @@ def held(count=4 * LENGTH, seed=9):
     return TrainingText(tokens=stream(count, seed))
 
 
-def train(name, model, structure, rules=TrainingRules(), tokens=None, **kinds):
+def train(name, model, structure, rules=USUAL, text=None, **kinds):
     """Recover `model` in place; `kinds` are options of the recovery, or parts of its context."""
     known = {f.name for f in dataclasses.fields(RecoveryContext)}
     given = {key: kinds.pop(key) for key in list(kinds) if key in known}
     if "rank" in RECOVERY.get(name).options.__dataclass_fields__:
         kinds = {"rank": 4, **kinds}
     context = RecoveryContext(**{"seed": 3, "rules": rules, **given})
-    tokens = stream() if tokens is None else tokens
-    return RECOVERY.get(name).function(model, structure, tokens, options(name, **kinds), context)
+    text = stream() if text is None else text
+    return RECOVERY.get(name).function(model, structure, text, options(name, **kinds), context)
 
 
 def same(model, other):
     return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
 
 
-class Broken(Exception):
+class BrokenError(Exception):
     pass
 
 
 def breaking_at(step):
     def report(done, _total, _loss):
         if done == step:
-            raise Broken
+            raise BrokenError
 
     return report
 
@@ -71,7 +68,7 @@ class TestEveryRecoveryResumes:
         kept = Snapshots(path=tmp_path / "checkpoint.pt", parts=PARTS)
         for step in (2, 6):
             model, structure = cut_model()
-            with pytest.raises(Broken):
+            with pytest.raises(BrokenError):
                 train(name, model, structure, rules, held=held(), lr=1e-2, snapshots=kept,
                       report=breaking_at(step), **kinds)  # fmt: skip
         model, structure = cut_model()
@@ -89,7 +86,7 @@ class TestEveryRecoveryResumes:
         expected = train(name, whole, structure, rules)
         kept = Snapshots(path=tmp_path / "checkpoint.pt", parts=PARTS)
         model, structure = cut_model(dtype=torch.bfloat16)
-        with pytest.raises(Broken):
+        with pytest.raises(BrokenError):
             train(name, model, structure, rules, snapshots=kept, report=breaking_at(5))
         model, structure = cut_model(dtype=torch.bfloat16)
         assert train(name, model, structure, rules, snapshots=kept).losses == expected.losses
@@ -148,7 +145,9 @@ class TestCheckpoint:
         before = path.read_bytes()
         model, structure = cut_model()
         other = Snapshots(path=path, parts={**PARTS, "plan": "other", "text": "other"})
-        with pytest.raises(TrialError, match=r"checkpoint\.pt: .* another plan, another text; .*delete the file") as told:
+        with pytest.raises(
+            TrialError, match=r"checkpoint\.pt: .* another plan, another text; .*delete the file"
+        ) as told:
             train("full", model, structure, snapshots=other)
         assert (told.value.kind, told.value.phase) == ("config", "recover")
         assert path.read_bytes() == before

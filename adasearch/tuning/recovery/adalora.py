@@ -127,7 +127,7 @@ class Svd(Paced):
         """Return the updates with lambda in their first factor."""
         alpha, dropout = self._alpha, self._options.dropout
         return {
-            module: Update(t.values[:, None] * t.right, t.left, alpha / len(t.values), dropout)
+            module: Update((t.values[:, None] * t.right).to(t.right.dtype), t.left, alpha / len(t.values), dropout)
             for module, t in self.triplets.items()
         }
 

@@ -85,13 +85,12 @@ class Surgeon:
         """Return what each rank alone would cost (R), |r_j|^2 / (h^-1)_jj / 2; 0 where the gradient is 0."""
         if self._flat:
             return self.rest.new_zeros(self.rest.shape[1])
-        found: Tensor = 0.5 * self.rest.square().sum(0) / self.inverse.diagonal()
-        return found
+        return self.rest.square().sum(0).div_(2.0 * self.inverse.diagonal())
 
     def without(self, gone: Tensor) -> Tensor:
         """Return the factor after its best change without the ranks `gone` (indices S), whose columns are 0."""
         block = self.inverse[gone]
-        changed = self.rest - self.rest[:, gone] @ torch.linalg.solve(block[:, gone], block)
+        changed: Tensor = self.rest - self.rest[:, gone] @ torch.linalg.solve(block[:, gone], block)
         changed[:, gone] = 0.0
         return changed
 
