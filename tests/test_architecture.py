@@ -22,7 +22,7 @@ FLOORS = [
     ["tuning.kernels", "tuning.head"],
     ["tuning.decoder"],
     ["pruning", "search.dimensions", "search.space", "search.parameters", "tuning.items", "tuning.scoring"],
-    ["checkpoints", "placement"],
+    ["checkpoints", "footprint", "placement"],
     ["modeling_adasearch"],
     ["corpora"],
     ["models", "data", "chat", "streams", "tokenization"],
