@@ -228,6 +228,7 @@ def _made(task: FinalTask, bench: Workbench, clock: Clock) -> tuple[Pruned | Non
     try:
         config = TrialConfig.from_dict(task.config, "trial")
         pruned = prune(config, bench, clock)
+        bench.set_aside()
         conduct = Conduct(
             rules=task.rules,
             folder=bench.run / "final" / task.name,

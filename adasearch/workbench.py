@@ -381,6 +381,12 @@ class Workbench:
         tokens: torch.Tensor = self.recovery_text(recovery, calibration_corpus, seed, outline).tokens
         return tokens
 
+    def set_aside(self) -> None:
+        """Give up the dense model's place on a GPU, for a training that needs it; it is made again when asked for."""
+        if self.device.type != "cpu":
+            self._dense, self._small = None, (self._small[0], None)
+            self.release()
+
     def release(self) -> None:
         """Give memory that a trial no longer uses back to the system."""
         models.release_memory()
