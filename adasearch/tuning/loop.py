@@ -208,14 +208,12 @@ class _Course:
 
     def close(self) -> None:
         """Measure where the run ended, save that, and go back to the best weights."""
+        watch = self._watch
+        if watch is not None and (not watch.curve or watch.curve[-1][0] != self._step):
+            self._measure()
         if self._saves and self._spent > (self._rules.save_seconds or 0.0) and self._step > self.first:
             self._save()
-        watch = self._watch
-        if watch is None:
-            return
-        if not watch.curve or watch.curve[-1][0] != self._step:
-            self._measure()
-        if watch.kept is not None and watch.best[0] != self._step:
+        if watch is not None and watch.kept is not None and watch.best[0] != self._step:
             self._masters.take(watch.kept["weights"])
             self._riding.restore(watch.kept["adapters"])
 

@@ -73,6 +73,7 @@ class Masters:
 
     def reduce(self, group: Group) -> None:
         """Sum the gradients over the processes of a group; what has a gradient in none of them has none after it."""
+        self.gather()
         holders = self.parameters if self._eight_bits else self.copies
         there = torch.tensor([float(h.grad is not None) for h in holders])
         group.sum(there)

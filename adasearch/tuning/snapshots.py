@@ -90,7 +90,8 @@ class Snapshots:
         """Put `state` in the place of what was saved before; that stays whole until the new file is.
 
         Returns:
-            why it could not be written, such as a full disk, in words for the user; None where it was.
+            why it could not be written, such as a full disk, in words for a user whose training goes on; None where it
+            was.
         """
         for draft in self.path.parent.glob(f".{self.path.name}.*.tmp"):  # of a process that was killed while it wrote
             draft.unlink(missing_ok=True)
@@ -104,7 +105,8 @@ class Snapshots:
                         raise noting.error from None
                     raise
         except StorageError as error:
-            return str(error)
+            reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else str(error)
+            return f"{self.path}: {reason}; the former one stays"
         return None
 
     def clear(self) -> None:

@@ -10,17 +10,26 @@ import pytest
 import torch
 
 from adasearch.sections import TrainingRules, ValidationConfig
+from adasearch.streams import Marks
 from adasearch.tuning.parallel import Alone, first_says, joined
 from adasearch.tuning.snapshots import Snapshots
 from tests.tuning.test_recovery import BATCH, LENGTH, cut_model, stream
 from tests.tuning.test_training_memory import uneven_marks
 from tests.tuning.test_training_rules import ALWAYS, PARTS, BrokenError, breaking_at, held, train
 
+
+def one_sided_marks(count):
+    """Return marks under which nothing counts in the first half of every batch, the share of the first process."""
+    half = torch.arange(count) // (BATCH * LENGTH // 2) % 2
+    return Marks(segments=torch.zeros(count, dtype=torch.int32), counted=half.bool())
+
+
 ROOT = Path(__file__).resolve().parents[2]
 CASES = {
     "full": ("full", TrainingRules(), {}),
     "parts": ("full", TrainingRules(micro_batch=1, validation=ValidationConfig(every=4)), {"held": held()}),
-    "marked": ("full", TrainingRules(), {"marks": True}),
+    "marked": ("full", TrainingRules(), {"marks": uneven_marks}),
+    "one_sided": ("full", TrainingRules(), {"marks": one_sided_marks}),
     "uneven": ("lora", TrainingRules(), {"batch": 3}),
     "adalora": ("adalora", TrainingRules(), {}),
     "prune_peft": ("prune_peft", TrainingRules(), {"metric": "hybrid", "begin": 0.4}),
@@ -32,8 +41,8 @@ def run(case, group=None, **more):
     name, rules, kinds = CASES[case]
     tokens = stream(2 * BATCH * LENGTH)
     kinds = {**kinds, **more}
-    if kinds.pop("marks", None):
-        kinds["marks"] = uneven_marks(len(tokens))
+    if "marks" in kinds:
+        kinds["marks"] = kinds["marks"](len(tokens))
     if kinds.pop("saves", None):
         rules = TrainingRules(save_seconds=ALWAYS)
     model, structure = cut_model()
