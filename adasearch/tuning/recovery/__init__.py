@@ -12,6 +12,10 @@ raises ``TrialError("nan", ..., "recover")``. Entries that train have the option
 the trial, which fetches the stream: `corpus` None means the corpus of the calibration. An option `distill` above 0 asks
 for the dense model in the context.
 
+How a training is run say `RecoveryContext.rules`; `loop.train` heeds them for every entry: checkpoints, text held out,
+parts of a batch, number format, optimizer, processes. So whatever an entry's `Adapters` remember beside what is trained
+is in their `state`, and while something is still to be taken away they are not `settled`.
+
 Fact `check`: what is wrong with the options for projections of given shapes, ``check(options, shapes)``; it raises a
 ConfigError that names the setting. It is asked with the dense model's shapes before any work, and again after the cut.
 """
