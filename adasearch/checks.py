@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adasearch import costs, goals, models, placement, text_checks
-from adasearch.config import StudyConfig, TrialConfig, component, merged
+from adasearch.config import Component, StudyConfig, TrialConfig, component, merged
 from adasearch.documents import fingerprint, join, value
 from adasearch.environment import local_machine, machine, versions
 from adasearch.errors import ConfigError, DataError, ModelError, StorageError
+from adasearch.footprint import Training, footprint
 from adasearch.latencies import Conditions
 from adasearch.placement import GIB, Machine, Placement
 from adasearch.pruning import allocation, architectures, compensation, schedule
@@ -25,7 +26,7 @@ from adasearch.search.earlier import Earlier, gather
 from adasearch.search.samplers import Choice, choose
 from adasearch.search.seeds import Seeds, find_seeds
 from adasearch.search.space import MANY_PARAMETERS, Space
-from adasearch.sections import BudgetConfig, ClusterConfig, Cost, UnitsConfig
+from adasearch.sections import BudgetConfig, ClusterConfig, Cost, TrainingRules, UnitsConfig
 from adasearch.tuning import tasks
 from adasearch.tuning.export import check as check_export
 from adasearch.tuning.recovery import check as check_recovery
@@ -191,6 +192,23 @@ def _check_recovery(study: StudyConfig, space: Space, shape: ModelShape, where: 
     for key, part in [*found, ("finalize.recovery", study.finalize.recovery)]:
         check_recovery(part, structure, shape.shapes, join(where, key))
     check_export(study.finalize.formats, study.finalize.recovery, join(where, "finalize.formats"))
+    _check_processes(study, where)
+
+
+def _check_processes(study: StudyConfig, where: str) -> None:
+    """Make sure that as many processes as are asked for can train a finalist together.
+
+    Raises:
+        ConfigError: there are no others, or a batch has too few sequences for them.
+    """
+    processes, key = study.finalize.training.processes, join(where, "finalize.training.processes")
+    if processes == 1:
+        return
+    if study.cluster.address == "in_process":
+        raise ConfigError(key, f"must be 1 where cluster.address is in_process, given {processes}")
+    batch = getattr(study.finalize.recovery.options, "batch", processes)
+    if processes > batch:
+        raise ConfigError(key, f"must be at most finalize.recovery.batch, {batch}, given {processes}")
 
 
 def _trials(study: StudyConfig, space: Space, section: str) -> list[tuple[str, TrialConfig]]:
@@ -345,13 +363,26 @@ def place(
     size = 2 if half else models.pick_dtype(study.model.dtype, "cpu").itemsize
     recovery = study.finalize.recovery if finalists else TrialConfig.from_dict(study.trial, "trial").recovery
     tokens = getattr(recovery.options, "batch", 0) * getattr(recovery.options, "length", 0)
-    estimate = placement.fine_tune_need if recovery.type == "full" else placement.trial_need
-    need = estimate(shape, size, tokens, gpu=gpu)
+    if not finalists or not tokens:
+        need = placement.trial_need(shape, size, tokens, gpu=gpu)
+    else:
+        need = placement.final_need(shape, size, _training(recovery, study.finalize.training), gpu=gpu)
     if not finalists:
         return placement.decide(study.cluster, offered, need, most or placement.most_workers(study.trials))
-    searching = place(study, shape, offered).workers
+    processes = study.finalize.training.processes
+    searching = max(place(study, shape, offered).workers, processes)
     cluster = dataclasses.replace(study.cluster, workers=study.finalize.workers or "auto")
+    if processes > 1 and gpu:  # processes that train together cannot share a GPU
+        cluster = dataclasses.replace(cluster, gpus_per_worker=1.0)
     return placement.decide(cluster, offered, need, searching)
+
+
+def _training(recovery: Component, rules: TrainingRules) -> Training:
+    """Return what is trained by a recovery: its adapters, or all weights where it has none."""
+    options = recovery.options
+    taught = getattr(options, "distill", 0.0) > 0
+    return Training(rank=getattr(options, "rank", 0), batch=options.batch, length=options.length, taught=taught,
+                    rules=rules)  # fmt: skip
 
 
 def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
@@ -387,6 +418,21 @@ def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
     yield from _describe_placement(study, checked.shape)
     final = getattr(study.finalize.recovery.options, "tokens", 0)
     yield f"finalists: {study.finalize.top}, {final:,} tokens of {study.finalize.recovery.type} recovery each"
+    if final:
+        yield f"  {_describe_training(study, checked.shape)}"
+
+
+def _describe_training(study: StudyConfig, shape: ModelShape) -> str:
+    """Return how finalists are trained, and what that takes of memory."""
+    rules, recovery = study.finalize.training, study.finalize.recovery
+    size = 2 if study.model.dtype == "auto" else models.pick_dtype(study.model.dtype, "cpu").itemsize
+    need = footprint(shape, size, _training(recovery, rules))
+    parts = [f"{rules.optimizer}, about {need.total / GIB:.1f} GiB each in {8 * size}-bit numbers"]
+    parts += [f"at most {rules.seconds:g} s"] if rules.seconds else []
+    parts += [f"{rules.validation.share:.0%} of the text held out"] if rules.validation else []
+    parts += [f"a checkpoint every {rules.save_seconds:g} s"] if rules.save_seconds else []
+    parts += [f"{rules.processes} processes together"] if rules.processes > 1 else []
+    return ", ".join(parts)
 
 
 def _describe_budget(study: StudyConfig, checked: Checked) -> Iterator[str]:

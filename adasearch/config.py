@@ -43,6 +43,7 @@ from adasearch.sections import (
     ReportConfig,
     SamplerConfig,
     StoppingConfig,
+    TrainingRules,
     UnitsConfig,
 )
 
@@ -81,12 +82,13 @@ class FinalizeConfig:
 
     `measure` says whether speed and memory of their exports are measured beside the dense model, see `adasearch.speed`.
     `workers` finalists are fine-tuned at the same time; None takes as many as the search, or fewer where memory does
-    not hold them: a full fine-tune needs about 18 bytes per parameter.
+    not hold them. `training` says how they are: budget of time, validation, checkpoints, memory, processes.
     """
 
     top: Count = 3
     workers: Count | None = None
     recovery: Component
+    training: TrainingRules = TrainingRules()
     formats: tuple[Component, ...] = ()
     measure: bool = True
 

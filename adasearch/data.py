@@ -50,6 +50,14 @@ def part_of(text: str) -> str:
     return next(name for name, (low, high) in PARTS.items() if low <= position < high)
 
 
+def held_out(text: str, share: float) -> bool:
+    """Return whether a document is one of the `share` of all that is kept apart to measure a training on.
+
+    It follows from the text alone, and from other digits of its digest than `part_of`.
+    """
+    return int(hashlib.sha256(text.encode()).hexdigest()[12:24], 16) / 16**12 < share
+
+
 def _row_text(row: Mapping[str, Any], name: str) -> str:
     for column in _COLUMNS:
         if isinstance(row.get(column), str):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adasearch import data, registry
+from adasearch.conduct import CHECKPOINT, Conduct
 from adasearch.config import Component, FinalizeConfig, StudyConfig, TaskScore, TrialConfig
 from adasearch.documents import value
 from adasearch.environment import versions
@@ -33,18 +36,20 @@ from adasearch.records import (
     write_final,
     write_items,
 )
-from adasearch.sections import Metric, ObjectiveConfig
+from adasearch.sections import Metric, ObjectiveConfig, TrainingRules
 from adasearch.speed import exports_of, measure_exports
+from adasearch.teams import Teams, followed
 from adasearch.tradeoff import finished_first
-from adasearch.trial import Clock, Pruned, prune, recover, score_blocks, task_scores
+from adasearch.trial import Clock, Pruned, prune, recover, score_blocks, silent, task_scores
 from adasearch.tuning import alignment, evaluation
 from adasearch.tuning.export import Goods, ModelCard, wants_adapters
+from adasearch.tuning.recovery import RecoveryReport
 from adasearch.winner import ACCURACY, SELECT, merits
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from adasearch.display import Display
+    from adasearch.display import Display, Update
     from adasearch.search.executor import Executor
     from adasearch.tuning.items import Role
     from adasearch.workbench import Workbench
@@ -69,6 +74,9 @@ class FinalTask:
         formats: in which it is exported.
         command: what makes it again, for its model card.
         search: what the search knows of it, None where there was none.
+        rules: of its recovery.
+        rank: of this process among those that make it together; the first one scores and exports.
+        meeting: folder in which they meet, None where there is one.
     """
 
     name: str
@@ -77,6 +85,9 @@ class FinalTask:
     recipe: str | None = None
     config: dict[str, Any] | None = None
     recovery: Component | None = None
+    rules: TrainingRules = TrainingRules()
+    rank: int = 0
+    meeting: str | None = None
     items: tuple[Role, ...] = ("select", "report")
     formats: tuple[Component, ...] = ()
     command: str = ""
@@ -140,6 +151,7 @@ def finalists(
             recipe=record.recipe,
             config=record.config,
             recovery=wanted.recovery,
+            rules=wanted.training,
             formats=wanted.formats,
             command=f"adasearch replay RUN --trial {number}",
             search=known.get(number),
@@ -154,15 +166,21 @@ def _believed(record: Record, evidence: Evidence | None) -> float:
     return record.result.score if evidence is None else evidence.believed
 
 
-def run_final(task: FinalTask, bench: Workbench) -> FinalRecord:
+def run_final(task: FinalTask, bench: Workbench) -> FinalRecord | None:
     """Make, score and export one model; its record is on disk before this returns.
+
+    A process that only helped to train it returns None. A recovery that was interrupted goes on from its checkpoint.
 
     Raises:
         TrialError: it cannot be made, or training or scoring gave no finite figures.
     """
     folder = bench.run / "final" / task.name
-    clock = Clock(state_writer(folder))
-    pruned, losses = _made(task, bench, clock)
+    clock = Clock(state_writer(folder) if task.rank == 0 else silent)
+    pruned, tuned = _made(task, bench, clock)
+    if task.rank > 0:
+        del pruned
+        bench.release()
+        return None
     model, outline = (bench.dense(), WHOLE) if pruned is None else (pruned.model, pruned.structure.outline)
     scores, items = _score(model, task, bench, clock, outline)
     clock.enter("perplexity")
@@ -181,8 +199,10 @@ def run_final(task: FinalTask, bench: Workbench) -> FinalRecord:
         removed=1 - parameters / dense,
         seconds={},
         export=None,
-        losses=losses,
+        losses=tuned.losses,
         search=task.search,
+        validation=tuned.validation,
+        ended=tuned.ended,
     )
     if pruned is not None and task.formats:
         clock.enter("export")
@@ -194,23 +214,31 @@ def run_final(task: FinalTask, bench: Workbench) -> FinalRecord:
     record = dataclasses.replace(record, seconds=clock.seconds, peak_bytes=clock.peak_bytes, gpu_bytes=clock.gpu_bytes)
     write_items(folder, items)
     write_final(bench.run, record)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
     return record
 
 
-def _made(task: FinalTask, bench: Workbench, clock: Clock) -> tuple[Pruned | None, tuple[float, ...]]:
-    """Return the model of a task, cut and tuned, and its loss curve; no model for the dense one.
+def _made(task: FinalTask, bench: Workbench, clock: Clock) -> tuple[Pruned | None, RecoveryReport]:
+    """Return the model of a task, cut and tuned, and what was done; no model for the dense one.
 
     What a configuration asks for and cannot have is the failure of this model, and no reason to stop with the others.
     """
     if task.config is None:
-        return None, ()
+        return None, RecoveryReport()
     assert task.recovery is not None, f"{task.name}: a configuration comes with its recovery"
     try:
         config = TrialConfig.from_dict(task.config, "trial")
         pruned = prune(config, bench, clock)
         if wants_adapters(task.formats):
             pruned = dataclasses.replace(pruned, beside={})
-        return pruned, recover(pruned, task.recovery, config, bench, clock).losses
+        bench.set_aside()
+        conduct = Conduct(
+            rules=task.rules,
+            folder=bench.run / "final" / task.name,
+            rank=task.rank,
+            meeting=Path(task.meeting) if task.meeting else None,
+        )
+        return pruned, recover(pruned, task.recovery, config, bench, clock, conduct)
     except (ConfigError, DataError) as error:
         raise TrialError("config", str(error), clock.phase) from error
 
@@ -345,7 +373,8 @@ def finalize(study: StudyConfig, run: Path, executor: Executor, display: Display
     if obstacle:
         display.note(f"finalists are chosen by their observed scores: {obstacle}")
     tasks = finalists(records, study.finalize, known, study.objective)
-    failures = finish(tasks, run, executor, display, seconds=study.limits.trial_seconds * LONGER)
+    seconds = study.limits.trial_seconds * LONGER + (study.finalize.training.seconds or 0.0)
+    failures = finish(tasks, run, executor, display, seconds=seconds)
     judge(run, known)
     ranked = place_exports(run, study.objective.metric)
     if study.finalize.measure:  # now that no worker computes
@@ -386,20 +415,32 @@ def finish(
         display.note(f"to make and score on report items: {', '.join(task.title for task in waiting.values())}")
     attempts = dict.fromkeys(waiting, 1)
     failures: dict[str, Failure] = {}
-    for name, task in waiting.items():
-        executor.submit(name, task, seconds=seconds)
+    teams = Teams(executor, run)
+    for task in waiting.values():
+        teams.submit(task, seconds=seconds)
     open_tasks = set(waiting)
-    while open_tasks:
-        for outcome in executor.wait(1.0):
-            name, failure = outcome.key, outcome.failure
-            if failure is not None and failure.kind == "worker_lost" and attempts[name] < ATTEMPTS:
-                attempts[name] += 1
-                executor.submit(name, waiting[name], seconds=seconds)
-                continue
-            open_tasks.discard(name)
-            if failure is not None:
-                failures[name] = failure
-                write_failure(run, name, failure)
-            text = f"failed: {failure.kind}: {failure.message}" if failure is not None else "scored"
-            display.note(f"[{len(waiting) - len(open_tasks)}/{len(waiting)}] {waiting[name].title}: {text}")
+    if not waiting:
+        return failures
+    with contextlib.ExitStack() as stack:
+        update = stack.enter_context(display.stage("models", len(waiting)))
+        stack.enter_context(followed(run, waiting, functools.partial(_show, update, waiting, open_tasks)))
+        while open_tasks:
+            for outcome in teams.wait(1.0):
+                name, failure = outcome.key, outcome.failure
+                if failure is not None and failure.kind == "worker_lost" and attempts[name] < ATTEMPTS:
+                    attempts[name] += 1
+                    teams.submit(waiting[name], seconds=seconds)
+                    continue
+                open_tasks.discard(name)
+                if failure is not None:
+                    failures[name] = failure
+                    write_failure(run, name, failure)
+                text = f"failed: {failure.kind}: {failure.message}" if failure is not None else "scored"
+                display.note(f"[{len(waiting) - len(open_tasks)}/{len(waiting)}] {waiting[name].title}: {text}")
+                _show(update, waiting, open_tasks, "")
     return failures
+
+
+def _show(update: Update, waiting: Mapping[str, FinalTask], still: set[str], doing: str) -> None:
+    """Tell a display how many models are made, and what is being done."""
+    update(len(waiting) - len(still), doing)

@@ -10,6 +10,7 @@ import math
 from typing import TYPE_CHECKING
 
 from adasearch.documents import Count, Index, NonNegative, Positive, value
+from adasearch.footprint import Training, footprint
 from adasearch.sections import ClusterConfig
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ _HIDDEN_COPIES, _INTERMEDIATE_COPIES = 16, 8
 _LOGIT_LINES, _LOGIT_BYTES = 256, 10
 # Covariances are float32 and written to the cache as a copy.
 _COVARIANCE_BYTES = 4 * 2
-# A full fine-tune: float32 master, gradient, and AdamW's two moments beside the weight.
-_FINE_TUNE_BYTES = 18
 
 
 @value
@@ -153,10 +152,10 @@ def trial_need(shape: ModelShape, weight_bytes: int, step_tokens: int, *, gpu: b
     return Need(memory=_HEAP + weights + work, shared=weights)
 
 
-def fine_tune_need(shape: ModelShape, weight_bytes: int, step_tokens: int, *, gpu: bool) -> Need:
-    """Return what a worker needs to train every weight of a cut model: see `trial_need`."""
-    trial = trial_need(shape, weight_bytes, step_tokens, gpu=gpu)
-    whole = _parameters(shape) * _FINE_TUNE_BYTES + _step_bytes(shape, weight_bytes, step_tokens)
+def final_need(shape: ModelShape, weight_bytes: int, training: Training, *, gpu: bool) -> Need:
+    """Return what a worker needs to train a model at the end of a run: see `trial_need` and `footprint`."""
+    trial = trial_need(shape, weight_bytes, training.tokens, gpu=gpu)
+    whole = footprint(shape, weight_bytes, training).total
     if gpu:
         return dataclasses.replace(trial, gpu=max(trial.gpu, _CUDA_CONTEXT + whole))
     return dataclasses.replace(trial, memory=max(trial.memory, _HEAP + whole))

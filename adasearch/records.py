@@ -16,9 +16,9 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -145,6 +145,8 @@ class FinalRecord:
         search: what the search knows of it, None where there was none.
         merit: what finalists are ranked by, None before all of them are there; see `adasearch.winner`.
         speeds: what its exports take, empty before that is measured.
+        validation: loss on text held out from its recovery by steps done, where that was asked for.
+        ended: why its recovery ended before all of its tokens were seen, empty where it did not.
     """
 
     name: str
@@ -164,6 +166,8 @@ class FinalRecord:
     search: Evidence | None = None
     merit: float | None = None
     speeds: tuple[Speed, ...] = ()
+    validation: tuple[tuple[int, float], ...] = ()
+    ended: str = ""
 
 
 @contextlib.contextmanager
@@ -180,18 +184,19 @@ def storage_errors(path: Path) -> Any:
         raise
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that at any moment the old or the new content stands there, never a part.
+@contextlib.contextmanager
+def writing_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to write, which takes the place of `path` at the end: the old or the new content, never a part.
 
     Raises:
-        StorageError: the disk is full or the folder is not writable.
+        StorageError: the disk is full or the folder is not writable; the old content stays.
     """
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with draft.open("wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             draft.replace(path)
@@ -202,6 +207,16 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that at any moment the old or the new content stands there, never a part.
+
+    Raises:
+        StorageError: the disk is full or the folder is not writable.
+    """
+    with writing_atomically(path) as file:
+        file.write(data)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -332,15 +347,19 @@ def ranked_finals(finals: Iterable[FinalRecord], metric: Metric) -> list[FinalRe
     return sorted(found, key=lambda r: (-mean_of(r.selected, metric)[0], r.trial))
 
 
-def state_writer(folder: Path) -> Callable[[str, float | None], None]:
-    """Return an observer that writes ``state.json`` at each new phase, and at most once a second within one."""
+def state_writer(folder: Path) -> Callable[[str, float | None, Any], None]:
+    """Return an observer that writes ``state.json`` at each new phase, and at most once a second within one.
+
+    It is called with a phase, the progress in it, and where its training stands, None for what is not known.
+    """
     last = {"phase": "", "time": 0.0}
 
-    def observe(phase: str, progress: float | None) -> None:
+    def observe(phase: str, progress: float | None, training: Any = None) -> None:
         now = time.time()
         if phase == last["phase"] and now - float(last["time"]) < 1.0:
             return
         last.update(phase=phase, time=now)
-        write_json(folder / "state.json", {"phase": phase, "progress": progress, "since": now, "pid": os.getpid()})
+        state = {"phase": phase, "progress": progress, "training": training, "since": now, "pid": os.getpid()}
+        write_json(folder / "state.json", state)
 
     return observe

@@ -172,7 +172,7 @@ def run_study(path: Path, *, out: Path | None, say: Callable[[str], None]) -> Pa
             with open_display(study.trials, study.name) as display:
                 found = run_search(study, space, run, executor, display.observe)
             _write_ending(run, ending(run, study, sum(record.number != DENSE for record in found)))
-            if placed_last.workers != placed.workers:
+            if (placed_last.workers, placed_last.gpus) != (placed.workers, placed.gpus):
                 executor.close()
                 executor = stack.enter_context(open_executor(study, run, placed_last))
             with open_display(0, study.name) as display:

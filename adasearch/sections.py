@@ -304,3 +304,51 @@ class UnitsConfig:
 
     attention: Literal["kv_group", "head", "none"] = "kv_group"
     mlp: Literal["channel", "none"] = "channel"
+
+
+@value
+class ValidationConfig:
+    """Text that a recovery is measured on while it trains, and never trained on; the best weights are kept.
+
+    It is taken from the recovery's own corpora, by documents: never from a part that search or report items come from.
+
+    Args:
+        tokens: that the loss is measured on.
+        every: steps from one measurement to the next; the last step is always measured.
+        patience: measurements in a row without a lower loss that end the run; None never ends it.
+        share: of the recovery's documents that are held out.
+    """
+
+    tokens: Count = 16384
+    every: Count = 50
+    patience: Count | None = 5
+    share: Fraction = 0.05
+
+
+@value
+class TrainingRules:
+    """How a recovery is run, whatever it trains: budget of time, validation, checkpoints, memory, processes.
+
+    Args:
+        seconds: greatest time of the training; the learning rate falls to its end by then. Without it, the recovery's
+            `tokens` alone are the budget.
+        validation: None trains on all text and keeps the last weights.
+        micro_batch: sequences of one forward and backward; the gradients of a whole batch are summed up, so what is
+            learnt stays the same. None takes the batch at once.
+        recompute: keep only what goes from layer to layer and compute the rest again in the backward pass, for a third
+            more time (gradient checkpointing, Chen et al., arXiv 1604.06174).
+        precision: in what forward and backward run; ``model`` is the number format of the model. Updates are made on
+            float32 masters whatever it is.
+        optimizer: ``adamw``, or ``adamw8bit`` with a quarter of its states, see `tuning.eightbit`.
+        save_seconds: time from one checkpoint to the next, None for none.
+        processes: workers that train one model together, each a share of every batch.
+    """
+
+    seconds: Positive | None = None
+    validation: ValidationConfig | None = None
+    micro_batch: Count | None = None
+    recompute: bool = False
+    precision: Literal["model", "float32", "bfloat16"] = "model"
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    save_seconds: Positive | None = 300.0
+    processes: Count = 1

@@ -13,6 +13,7 @@ from typing import Any
 
 from adasearch.checks import check_study
 from adasearch.config import SpaceConfig, StudyConfig, TrialConfig, component, export_formats, merged
+from adasearch.display import STAGE_SECONDS
 from adasearch.documents import Count, Fraction, Index, parse, value
 from adasearch.environment import usable_cores
 from adasearch.errors import ConfigError, NoTrialError, StorageError, TrialError
@@ -22,6 +23,7 @@ from adasearch.records import FinalRecord
 from adasearch.registry import RECOVERY
 from adasearch.run import quieten
 from adasearch.speed import measure_exports
+from adasearch.teams import followed
 from adasearch.workbench import Workbench
 
 WINDOW = 128
@@ -144,7 +146,8 @@ def prune_model(order: Order, out: Path | None, say: Callable[[str], None]) -> P
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside the goal, so that the finished model gets its name in one step; nothing else stays.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as room:
-        dense, pruned = _records(order, study, out.name, Path(room))
+        with followed(Path(room), (out.name,), say, STAGE_SECONDS):
+            dense, pruned = _records(order, study, out.name, Path(room))
         (pruned,) = measure_exports(study, Path(room), [pruned], say)
         assert pruned.export is not None
         _check_out(out)
@@ -171,7 +174,10 @@ def _records(order: Order, study: StudyConfig, name: str, room: Path) -> tuple[F
         command=order.command,
     )
     try:
-        return run_final(dense_task(items=()), bench), run_final(task, bench)
+        dense, pruned = run_final(dense_task(items=()), bench), run_final(task, bench)
+        assert dense is not None
+        assert pruned is not None
+        return dense, pruned
     except TrialError as error:
         if error.kind == "config":
             raise ConfigError(_WHERE.rstrip(":"), error.message) from error

@@ -47,6 +47,10 @@ class Marks:
         """Return the same on a device."""
         return Marks(segments=self.segments.to(device), counted=self.counted.to(device))
 
+    def lines(self, length: int) -> Marks:
+        """Return the marks of a whole stream as those of its sequences (B × T)."""
+        return Marks(segments=self.segments.view(-1, length), counted=self.counted.view(-1, length))
+
     def predicted(self) -> Tensor:
         """Return which positions predict a token that counts (B × (T - 1), bool), of marks of B × T tokens.
 
@@ -65,6 +69,7 @@ class TrainingText:
         epochs: how often the corpus was gone through that was gone through most (fraction).
         shares: tokens read of each corpus of a mixture, as fractions of all that were read.
         dropped: documents that were left out because a report item stands in them, where somebody counted.
+        held: text of documents that are not in this one, to measure a training on; None where none was asked for.
     """
 
     tokens: Any
@@ -72,6 +77,7 @@ class TrainingText:
     epochs: float = 0.0
     shares: tuple[float, ...] = ()
     dropped: int = 0
+    held: TrainingText | None = None
 
 
 @value

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adasearch import costs, environment, goals, models, outlining, racing, registry
+from adasearch.conduct import Conduct, conducted
 from adasearch.config import Component, TaskScore, TrialConfig, TrialResult, mean_of
 from adasearch.errors import ConfigError, TrialError
 from adasearch.promotion import Gate
@@ -26,7 +27,7 @@ from adasearch.pruning.structure import WHOLE, Outline
 from adasearch.racing import Early, Race, Rung, TaskValues
 from adasearch.tuning import divergence, evaluation, scoring
 from adasearch.tuning.adapter_files import Kept
-from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
+from adasearch.tuning.recovery import Progress, RecoveryContext, RecoveryReport
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,12 +38,11 @@ if TYPE_CHECKING:
     from adasearch.tuning.decoder import Updates
     from adasearch.workbench import TaskItems, Workbench
 
-Observer = Callable[[str, float | None], None]
-Look = Callable[[int, int, "Updates"], None]
+Observer = Callable[[str, float | None, Progress | None], None]
 Blocks = dict[str, tuple[scoring.EncodedItem, ...]]
 
 
-def silent(_phase: str, _progress: float | None) -> None:
+def silent(_phase: str, _progress: float | None, _training: Progress | None) -> None:
     """Observe nothing."""
 
 
@@ -57,14 +57,14 @@ class Clock:
         self._observer = observer
         self._begun = self._since = time.perf_counter()
 
-    def enter(self, phase: str, progress: float | None = None) -> None:
-        """End the current phase and begin `phase`; the same phase again only reports progress."""
+    def enter(self, phase: str, progress: float | None = None, training: Progress | None = None) -> None:
+        """End the current phase and begin `phase`; the same phase again only reports progress, of a training too."""
         if phase != self.phase:
             now = time.perf_counter()
             if self.phase:
                 self.seconds[self.phase] = round(self.seconds.get(self.phase, 0.0) + now - self._since, 3)
             self.phase, self._since = phase, now
-        self._observer(phase, progress)
+        self._observer(phase, progress, training)
 
     @property
     def spent(self) -> float:
@@ -158,26 +158,32 @@ def prune(config: TrialConfig, bench: Workbench, clock: Clock) -> Pruned:
 
 
 def recover(
-    pruned: Pruned, recovery: Component, config: TrialConfig, bench: Workbench, clock: Clock, look: Look | None = None
+    pruned: Pruned,
+    recovery: Component,
+    config: TrialConfig,
+    bench: Workbench,
+    clock: Clock,
+    conduct: Conduct = Conduct(),  # noqa: B008 - frozen
 ) -> RecoveryReport:
-    """Tune the smaller model in place and return what was done; `look` is that of a `RecoveryContext`."""
+    """Tune the smaller model in place and return what was done."""
     clock.enter("recover")
     outline = pruned.structure.outline
-    text = bench.recovery_text(recovery, config.calibration.corpus, config.seed, outline)
+    validation = conduct.rules.validation
+    text = bench.recovery_text(recovery, config.calibration.corpus, config.seed, outline, validation)
     taught = getattr(recovery.options, "distill", 0.0) > 0
     if taught and outline.tokens is not None:
         raise TrialError("config", "recovery.distill must be 0 where tokens go: the teacher knows others", "recover")
     context = RecoveryContext(
         seed=config.seed,
         device=str(bench.device),
-        report=lambda step, total, _loss: clock.enter("recover", step / total),
+        tell=lambda progress: clock.enter("recover", progress.step / progress.steps, progress),
         teacher=bench.dense() if taught else None,
         marks=text.marks,
-        look=look,
         keep=None if pruned.beside is None else functools.partial(_keep, pruned.model, pruned.beside),
     )
-    entry = registry.RECOVERY.get(recovery.type)
-    report: RecoveryReport = entry.function(pruned.model, pruned.structure, text.tokens, recovery.options, context)
+    train = registry.RECOVERY.get(recovery.type).function
+    with conducted(conduct, context, recovery, text, pruned.plan, bench.model_key) as context:
+        report: RecoveryReport = train(pruned.model, pruned.structure, text.tokens, recovery.options, context)
     return dataclasses.replace(report, dropped=text.dropped)
 
 
@@ -379,7 +385,7 @@ def run_trial(
         notes |= goals.notes(goals.of_bench(config, bench), pruned.structure, pruned.plan)
         try:
             ascent.measure()
-            notes |= _loss_notes(recover(pruned, config.recovery, config, bench, clock, ascent.look))
+            notes |= _loss_notes(recover(pruned, config.recovery, config, bench, clock, Conduct(look=ascent.look)))
             found = evaluate(pruned.model, bench, clock, race, pruned.structure.outline)
         except Stopped as stopped:
             found = stopped.found

@@ -19,7 +19,7 @@ from adasearch.pruning import architectures, calibration, statistics, vocabulary
 from adasearch.pruning.statistics import Statistics
 from adasearch.pruning.statistics_cache import Cache
 from adasearch.pruning.structure import WHOLE, Outline
-from adasearch.sections import CalibrationConfig, Mix, UnitsConfig
+from adasearch.sections import CalibrationConfig, Mix, UnitsConfig, ValidationConfig
 from adasearch.tuning import contamination, divergence, generation, scoring, tasks
 from adasearch.tuning.items import Item, Role
 
@@ -71,6 +71,17 @@ class _Origin:
         return calibration.read(merged, needs, self.structure, weights, sequences)
 
 
+def _kept(guard: data.Guard | None, share: float | None, *, held: bool = False) -> data.Guard | None:
+    """Return what leaves out, beside what `guard` does, a `share` of the documents, or with `held` all others."""
+    if share is None:
+        return guard
+
+    def left_out(text: str) -> bool:
+        return data.held_out(text, share) != held or (guard is not None and guard(text))
+
+    return left_out
+
+
 def cache_folder(run: Path) -> Path:
     """Return where weights and statistics are kept: ``ADASEARCH_CACHE``, or ``cache/`` in the run folder."""
     return Path(os.environ.get("ADASEARCH_CACHE") or run / "cache")
@@ -110,6 +121,11 @@ class Workbench:
         self._reference: divergence.Reference | None = None
         self._reported: contamination.Index | None = None
         self._dropped: dict[tuple[CalibrationConfig, Outline], int] = {}
+
+    @property
+    def model_key(self) -> str:
+        """Return what identifies the base weights and their number format."""
+        return f"{self._checksum} {self.base.dtype}"
 
     def structure(self, units: UnitsConfig | None = None, outline: Outline = WHOLE) -> ModelStructure:
         """Return the structure, with the units asked for, of the model that an outline leaves."""
@@ -159,8 +175,7 @@ class Workbench:
             self.release()
             return texts
 
-        model = f"{self._checksum} {self.base.dtype}"
-        return str(generation.obtain(self.cache / "generated", model, sampling, made))
+        return str(generation.obtain(self.cache / "generated", self.model_key, sampling, made))
 
     def guard(self) -> contamination.Watch | None:
         """Return what keeps documents with report items out of a text, and counts them; None where all may be read."""
@@ -309,9 +324,16 @@ class Workbench:
         return self._texts[corpus]
 
     def recovery_text(
-        self, recovery: Component, calibration_corpus: str, seed: int, outline: Outline = WHOLE
+        self,
+        recovery: Component,
+        calibration_corpus: str,
+        seed: int,
+        outline: Outline = WHOLE,
+        validation: ValidationConfig | None = None,
     ) -> streams.TrainingText:
         """Return what a recovery trains on; empty for a recovery that trains on nothing.
+
+        With `validation` some documents are held out of it, and are the text `held` of what is returned.
 
         Raises:
             TrialError: kind ``config``, the text cannot be had, or yields too little.
@@ -332,10 +354,25 @@ class Workbench:
                 loss=getattr(options, "loss", "all"),
             )
             tokenizer = self.outlined(outline).tokenizer
-            text = streams.training_text(tokenizer, reading, self.study.data_root, guard)
+            share = None if validation is None else validation.share
+            text = streams.training_text(tokenizer, reading, self.study.data_root, _kept(guard, share))
         except (ConfigError, DataError) as error:
             raise TrialError("config", f"recovery.corpus: {error}", "recover") from error
-        return dataclasses.replace(text, dropped=guard.dropped if guard is not None else 0)
+        held = None if validation is None else self._held_text(validation, reading, outline)
+        return dataclasses.replace(text, dropped=guard.dropped if guard is not None else 0, held=held)
+
+    def _held_text(
+        self, validation: ValidationConfig, reading: streams.Reading, outline: Outline
+    ) -> streams.TrainingText:
+        """Return whole sequences of the documents that a recovery must not train on."""
+        tokens = -(-validation.tokens // reading.length) * reading.length
+        asked = dataclasses.replace(reading, tokens=tokens)
+        guard = _kept(self.guard(), validation.share, held=True)
+        try:
+            return streams.training_text(self.outlined(outline).tokenizer, asked, self.study.data_root, guard)
+        except DataError as error:
+            problem = f"finalize.training.validation: {error}; or hold out a greater share"
+            raise TrialError("config", problem, "recover") from error
 
     def recovery_tokens(
         self, recovery: Component, calibration_corpus: str, seed: int, outline: Outline = WHOLE
@@ -343,6 +380,12 @@ class Workbench:
         """Return the tokens of `recovery_text` alone."""
         tokens: torch.Tensor = self.recovery_text(recovery, calibration_corpus, seed, outline).tokens
         return tokens
+
+    def set_aside(self) -> None:
+        """Give up the dense model's place on a GPU, for a training that needs it; it is made again when asked for."""
+        if self.device.type != "cpu":
+            self._dense, self._small = None, (self._small[0], None)
+            self.release()
 
     def release(self) -> None:
         """Give memory that a trial no longer uses back to the system."""

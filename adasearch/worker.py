@@ -33,7 +33,7 @@ def open_worker(study: StudyConfig, run: str, threads: int, gpu_memory: float | 
         models.limit_gpu_memory(gpu_memory)
     bench = Workbench(study, Path(run), threads)
 
-    def work(task: Assignment | FinalTask) -> Record | FinalRecord:
+    def work(task: Assignment | FinalTask) -> Record | FinalRecord | None:
         return run_final(task, bench) if isinstance(task, FinalTask) else run_assignment(task, bench)
 
     return work

@@ -71,6 +71,7 @@ def laid(recipe: Overlay, text: Overlay, strategy: Overlay, tokens: int | None) 
 
 def seconds_per_token(config: TrialConfig, bench: Any) -> float:
     """Return the processor seconds that a strategy takes for each token, from the second of `STEPS` steps on."""
+    from adasearch.conduct import Conduct
     from adasearch.trial import Clock, prune, recover
 
     marks: list[float] = []
@@ -79,7 +80,7 @@ def seconds_per_token(config: TrialConfig, bench: Any) -> float:
         marks.append(time.process_time())
 
     clock = Clock(lambda *_: None)
-    recover(prune(config, bench, clock), config.recovery, config, bench, clock, look)
+    recover(prune(config, bench, clock), config.recovery, config, bench, clock, Conduct(look=look))
     options = config.recovery.options
     return (marks[-1] - marks[0]) / (len(marks) - 1) / (options.batch * options.length)
 

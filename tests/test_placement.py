@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adasearch import placement
+from adasearch.footprint import Training
 from adasearch.placement import GIB, MOST_PER_GPU, Machine, Need, decide
 from adasearch.pruning.structure import ModelShape
 from adasearch.sections import ClusterConfig
@@ -133,7 +134,7 @@ def test_needs_grow_with_the_model_and_the_step():
         a = placement.trial_need(small, 2, 512, gpu=gpu)
         b = placement.trial_need(large, 2, 512, gpu=gpu)
         long = placement.trial_need(small, 2, 4096, gpu=gpu)
-        full = placement.fine_tune_need(small, 2, 512, gpu=gpu)
+        full = placement.final_need(small, 2, Training(batch=2, length=256), gpu=gpu)
         field = "gpu" if gpu else "memory"
         for greater in (b, long, full):
             assert getattr(a, field) < getattr(greater, field)

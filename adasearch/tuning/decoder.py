@@ -7,12 +7,15 @@ adapters around every projection. `takes` says for which models it stands; other
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import contextvars
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from adasearch.tuning import kernels
 from adasearch.tuning.kernels import Layout, Projection, Rotation
@@ -20,6 +23,9 @@ from adasearch.tuning.kernels import Layout, Projection, Rotation
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _PLAIN_LENGTH = 256
 """Longest sequence whose attention trains faster by plain products than fused, on a CPU (measured)."""
+
+
+_RECOMPUTES: contextvars.ContextVar[bool] = contextvars.ContextVar("recomputes", default=False)
 
 
 class Update(NamedTuple):
@@ -66,6 +72,20 @@ class _Run(NamedTuple):
     plain: bool
     batch: int
     updates: Updates
+
+
+@contextlib.contextmanager
+def recomputing(wanted: bool = True) -> Iterator[None]:  # noqa: FBT001, FBT002 - a switch, like torch's own
+    """Let forwards inside keep only the states between layers, and backwards compute the rest again.
+
+    With the same random numbers, so that gradients are the same: gradient checkpointing (Chen et al.,
+    arXiv 1604.06174).
+    """
+    token = _RECOMPUTES.set(wanted)
+    try:
+        yield
+    finally:
+        _RECOMPUTES.reset(token)
 
 
 def _rotated(x: Tensor, norm: Any, size: int, run: _Run) -> Tensor:
@@ -197,8 +217,9 @@ def hidden_states(
     masks = _masks(core, mask, segments, embedded, plain=plain)
     run = _Run(rotation=rotation, wide={}, masks=masks, plain=plain, batch=batch, updates=updates or {})
     x = embedded.flatten(0, 1)
+    again = _RECOMPUTES.get() and torch.is_grad_enabled()
     for layer in core.layers:
-        x = _layer(layer, x, run)
+        x = checkpoint(_layer, layer, x, run, use_reentrant=False) if again else _layer(layer, x, run)
     x = kernels.rms_norm(x, core.norm.weight, core.norm.variance_epsilon)
     return x.view(batch, length, -1)
 

@@ -1,9 +1,9 @@
-"""The training loop that every recovery shares: next-token loss in chunks, float32 masters, AdamW, cosine schedule.
+"""What the training of every recovery is made of: batches, learning rate, next-token loss in chunks, adapters.
 
 What dominates the cost of a short fine-tune on small models is dealt with here. The logits over the vocabulary are
 never held as a whole: loss and gradient of the output head are computed some rows at a time. The layers are those of
 `decoder`, whose gradients are written by hand, with none for frozen weights. And the weights stay in the dtype of the
-model (bfloat16 runs on matrix units) while AdamW works on float32 masters of what is trained.
+model (bfloat16 runs on matrix units) while AdamW works on float32 masters of what is trained. The loop is in `loop`.
 
 Shape letters: B sequences of a step, T tokens of a sequence, N = B * T positions, D hidden size, V vocabulary.
 """
@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +25,8 @@ from adasearch.streams import Marks
 from adasearch.tuning import decoder
 from adasearch.tuning.decoder import Updates
 from adasearch.tuning.head import HeadRows
-from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
+from adasearch.tuning.masters import Masters
+from adasearch.tuning.recovery import RecoveryContext
 
 PHASE = "recover"
 
@@ -78,14 +77,29 @@ class Batch(NamedTuple):
         """Return the same on a device."""
         return Batch(self.ids.to(device), None if self.marks is None else self.marks.to(device))
 
+    @property
+    def predicted(self) -> int:
+        """Return how many tokens are predicted that count."""
+        if self.marks is None:
+            return self.ids.shape[0] * (self.ids.shape[1] - 1)
+        return int(self.marks.predicted().sum())
 
-def batches(tokens: Tensor, config: TrainingConfig, marks: Marks | None = None) -> Iterator[Batch]:
+    def part(self, sequences: slice) -> Batch:
+        """Return some of its sequences."""
+        marks = self.marks
+        if marks is not None:
+            marks = Marks(segments=marks.segments[sequences], counted=marks.counted[sequences])
+        return Batch(self.ids[sequences], marks)
+
+
+def batches(tokens: Tensor, config: TrainingConfig, marks: Marks | None = None, first: int = 0) -> Iterator[Batch]:
     """Yield the batches of a run in the order of the stream, which starts again where it ends.
 
     Args:
         tokens: 1-D stream of token ids.
         config: says how many batches of which size.
         marks: of the tokens; such a stream holds whole sequences.
+        first: batches of the run that are passed over.
 
     Raises:
         TrialError: the stream holds fewer than two tokens, or marked ones that are no whole sequences.
@@ -98,7 +112,7 @@ def batches(tokens: Tensor, config: TrainingConfig, marks: Marks | None = None) 
         raise TrialError("config", problem, PHASE)
     size = config.batch * config.length
     offsets = torch.arange(size)
-    for step in range(config.steps):
+    for step in range(first, config.steps):
         places = ((offsets + step * size) % tokens.numel()).view(config.batch, config.length)
         if marks is None:
             yield Batch(tokens[places])
@@ -111,7 +125,7 @@ def sequences(tokens: Tensor, config: TrainingConfig) -> Iterator[Tensor]:
     return (batch.ids for batch in batches(tokens, config))
 
 
-def learning_rate(step: int, config: TrainingConfig) -> float:
+def learning_rate(step: float, config: TrainingConfig) -> float:
     """Return the rate of step `step` (from 0): linear warmup, then a cosine that would reach 0 at the last step + 1."""
     warmup = round(config.warmup * config.steps)
     if step < warmup:
@@ -242,6 +256,20 @@ class Adapters:
         """Return what is added to the loss (float32 scalar), None for nothing."""
         return None
 
+    def settled(self, step: int, steps: int) -> bool:  # noqa: ARG002 - for those that derive
+        """Return whether the weights after `step` of `steps` may be the last ones: nothing is still to be taken away.
+
+        Only such weights are kept as the best, and a run ends early in no other state.
+        """
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """Return what this object remembers beside what is trained: tensors, numbers and lists, for `restore`."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Remember what `state` says; objects of other runs of the same model and options give it."""
+
     def stepped(self, step: int, ids: Tensor, masters: Masters) -> None:
         """Follow what the optimizer did; nothing here.
 
@@ -252,58 +280,6 @@ class Adapters:
         """
 
 
-class Masters:
-    """Float32 copies of what is trained, which the optimizer changes; the model's own follow after every step.
-
-    Args:
-        parameters: of the model, of any floating dtype; float32 ones are their own masters.
-        config: AdamW's settings.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter], config: TrainingConfig) -> None:
-        self.parameters = list(parameters)
-        self.copies = [p.detach() if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
-        self._copy_of: dict[Tensor, Tensor] = dict(zip(self.parameters, self.copies, strict=True))
-        self._clip = config.grad_clip
-        matrices = [c for c in self.copies if c.dim() > 1]
-        rest = [c for c in self.copies if c.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        self._adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), fused=True)
-
-    def copy(self, parameter: Tensor) -> Tensor:
-        """Return the float32 copy of a parameter."""
-        return self._copy_of[parameter]
-
-    def step(self, rate: float, stepped: Callable[[], None] | None = None) -> float:
-        """Make one AdamW step at learning rate `rate` from the model's gradients, drop them, return their norm.
-
-        Args:
-            rate: of the step.
-            stepped: called before the gradients go; it may change the copies.
-        """
-        for copy, parameter in zip(self.copies, self.parameters, strict=True):
-            copy.grad = None if parameter.grad is None else parameter.grad.float()
-            parameter.grad = None
-        norm = float(nn.utils.clip_grad_norm_(self.copies, self._clip))
-        if not math.isfinite(norm):
-            return norm
-        for group in self._adamw.param_groups:
-            group["lr"] = rate
-        self._adamw.step()
-        if stepped is not None:
-            stepped()
-        self._adamw.zero_grad()  # float32 gradients are not kept through the next forward and backward
-        with torch.no_grad():
-            for copy, parameter in zip(self.copies, self.parameters, strict=True):
-                parameter.copy_(copy)
-        return norm
-
-    def restore_precision(self) -> None:
-        """Make the model's parameters float32 with the masters' values, which a merge then rounds only once."""
-        for copy, parameter in zip(self.copies, self.parameters, strict=True):
-            parameter.data = copy
-
-
 @contextlib.contextmanager
 def seeded(context: RecoveryContext) -> Iterator[None]:
     """Make everything drawn inside follow from the seed, and leave the generators outside as they were."""
@@ -312,57 +288,3 @@ def seeded(context: RecoveryContext) -> Iterator[None]:
     with torch.random.fork_rng(devices):
         torch.manual_seed(context.seed)
         yield
-
-
-def train(
-    model: nn.Module,
-    masters: Masters,
-    tokens: Tensor,
-    config: TrainingConfig,
-    context: RecoveryContext,
-    adapters: Adapters | None = None,
-) -> RecoveryReport:
-    """Train what `masters` holds on the stream and return what happened; call it inside `seeded`.
-
-    Args:
-        model: causal language model; only parameters that require a gradient change.
-        masters: of those parameters.
-        tokens: 1-D stream of token ids.
-        config: the run.
-        context: progress callback, device, teacher, marks of the tokens.
-        adapters: low-rank updates of the model's linear layers, None for none.
-
-    Raises:
-        TrialError: kind ``nan`` where a loss or gradient is not finite; kind ``config`` where the stream is too short
-            or a teacher is missing.
-    """
-    if config.distill > 0 and context.teacher is None:
-        raise TrialError("config", f"distill {config.distill} needs the dense model, given none", PHASE)
-    riding = adapters or Adapters({})
-    start = time.monotonic()
-    losses: list[float] = []
-    for step, drawn in enumerate(batches(tokens, config, context.marks)):
-        batch, marks = drawn.to(context.device)
-        total, nll = next_token_loss(
-            model, batch, updates=riding.updates(), teacher=context.teacher, distill=config.distill, marks=marks
-        )
-        penalty = riding.penalty()
-        total = total if penalty is None else total + penalty
-        total.backward()  # type: ignore[no-untyped-call]
-        rate, stepped = learning_rate(step, config), functools.partial(riding.stepped, step + 1, batch, masters)
-        norm = masters.step(rate, stepped)
-        loss = float(total.detach())
-        losses.append(float(nll))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            where = f"step {step + 1} of {config.steps}"
-            problem = f"the loss must stay finite, given {loss} (gradient norm {norm}) at {where}, lr {config.lr}"
-            raise TrialError("nan", problem, PHASE)
-        if context.report is not None:
-            context.report(step + 1, config.steps, losses[-1])
-        if context.look is not None and step + 1 < config.steps:
-            with torch.no_grad():
-                whole = {module: u._replace(dropout=0.0) for module, u in riding.updates().items()}
-            context.look(step + 1, config.steps, whole)
-    trained = config.steps * config.batch * config.length
-    seconds = time.monotonic() - start
-    return RecoveryReport(losses=tuple(losses), tokens=trained, seconds=seconds, epochs=trained / tokens.numel())

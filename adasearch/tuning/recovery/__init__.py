@@ -6,11 +6,15 @@ Signature of an entry::
         -> RecoveryReport
 
 `tokens` is a 1-D stream; where `RecoveryContext.marks` is given, it says which of them belong together and which
-count, and `training.train` heeds it. The model is changed in place and is left in eval mode, of the dtype and shapes it
+count, and `loop.train` heeds it. The model is changed in place and is left in eval mode, of the dtype and shapes it
 had, with adapters merged and nothing that requires a gradient, also where an error is raised. Loss that is not finite
 raises ``TrialError("nan", ..., "recover")``. Entries that train have the options of `TextOptions` and `tokens`, read by
 the trial, which fetches the stream: `corpus` None means the corpus of the calibration. An option `distill` above 0 asks
 for the dense model in the context.
+
+How a training is run say `RecoveryContext.rules`; `loop.train` heeds them for every entry: checkpoints, text held out,
+parts of a batch, number format, optimizer, processes. So whatever an entry's `Adapters` remember beside what is trained
+is in their `state`, and while something is still to be taken away they are not `settled`.
 
 Fact `check`: what is wrong with the options for projections of given shapes, ``check(options, shapes)``; it raises a
 ConfigError that names the setting. It is asked with the dense model's shapes before any work, and again after the cut.
@@ -28,15 +32,17 @@ import pydantic
 from adasearch.documents import join, value
 from adasearch.errors import ConfigError
 from adasearch.registry import RECOVERY
-from adasearch.sections import Text
+from adasearch.sections import Text, TrainingRules
 
 if TYPE_CHECKING:
     from torch import nn
 
     from adasearch.config import Component
     from adasearch.pruning.structure import ModelStructure
-    from adasearch.streams import Marks
+    from adasearch.streams import Marks, TrainingText
     from adasearch.tuning.decoder import Updates
+    from adasearch.tuning.parallel import Group
+    from adasearch.tuning.snapshots import Snapshots
 
 SequenceLength = Annotated[int, pydantic.Field(ge=8, le=8192)]
 
@@ -92,6 +98,27 @@ class TextOptions:
 
 
 @value
+class Progress:
+    """Where a training stands.
+
+    Args:
+        step: steps that are done.
+        steps: of the whole run, less where its time ends first.
+        loss: next-token loss of the last step, nats per token.
+        tokens_per_second: since the run began or was resumed, over all processes.
+        seconds_left: what is to be expected at that pace.
+        warning: what the user should know, such as a checkpoint that could not be written; empty for nothing.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    tokens_per_second: float
+    seconds_left: float
+    warning: str = ""
+
+
+@value
 class RecoveryContext:
     """What a recovery needs beside model, structure, tokens and options.
 
@@ -104,6 +131,11 @@ class RecoveryContext:
         look: called after each step but the last with (steps done, steps, low-rank updates that are not merged yet); it
             may measure the model, and raise to stop the training.
         keep: called with the finished updates (float32) just before they are merged, where there are some.
+        rules: how the training is run.
+        held: what it is measured on where `rules.validation` asks for it; none of it is in what it trains on.
+        snapshots: where checkpoints go, None for nowhere.
+        group: the processes that train together, None for this one alone.
+        tell: called after each step with where the training stands.
     """
 
     seed: int = 0
@@ -113,6 +145,11 @@ class RecoveryContext:
     marks: Marks | None = None
     look: Callable[[int, int, Updates], None] | None = None
     keep: Callable[[Updates], None] | None = None
+    rules: TrainingRules = TrainingRules()
+    held: TrainingText | None = None
+    snapshots: Snapshots | None = None
+    group: Group | None = None
+    tell: Callable[[Progress], None] | None = None
 
 
 @value
@@ -125,6 +162,9 @@ class RecoveryReport:
         seconds: wall time.
         epochs: `tokens` over the length of the stream; above 1 the stream was repeated.
         dropped: documents that were left out of the stream because a report item stands in them.
+        validation: loss on the text held out by steps done, where any was.
+        best: steps done where the weights were that were kept, 0 where the last ones were.
+        ended: why the run ended before all tokens were seen, empty where it did not.
     """
 
     losses: tuple[float, ...] = ()
@@ -132,3 +172,6 @@ class RecoveryReport:
     seconds: float = 0.0
     epochs: float = 0.0
     dropped: int = 0
+    validation: tuple[tuple[int, float], ...] = ()
+    best: int = 0
+    ended: str = ""

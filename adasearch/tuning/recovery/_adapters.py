@@ -17,9 +17,11 @@ from adasearch.documents import Count, NonNegative, Positive, Share, value
 from adasearch.errors import ConfigError, TrialError
 from adasearch.pruning.structure import ModelStructure
 from adasearch.registry import nearest
-from adasearch.tuning.decoder import Update
+from adasearch.tuning.decoder import Update, Updates
+from adasearch.tuning.loop import train
+from adasearch.tuning.masters import Masters
 from adasearch.tuning.recovery import RecoveryContext, RecoveryReport, SequenceLength, TextOptions
-from adasearch.tuning.training import PHASE, Adapters, Masters, TrainingConfig, seeded, train
+from adasearch.tuning.training import PHASE, Adapters, TrainingConfig, seeded
 
 _SETS = {
     "all": ("q", "k", "v", "o", "gate", "up", "down"),
@@ -111,6 +113,24 @@ class PacedOptions(AdapterOptions):
         if step <= first or step > last or step % self.every:
             return None
         return int(target + (start - target) * (1 - (step - first) / (last - first)) ** power)
+
+
+class Paced(Adapters):
+    """Updates of which something goes between two points of a run.
+
+    Args:
+        updates: by linear module of the model.
+        options: of the run.
+        steps: of the run.
+    """
+
+    def __init__(self, updates: Updates, options: PacedOptions, steps: int) -> None:
+        super().__init__(updates)
+        self._options, self._steps = options, steps
+
+    def settled(self, step: int, steps: int) -> bool:
+        """Return whether all that is to go has gone."""
+        return step >= self._options.last(steps)
 
 
 def short_name(module: str) -> str:

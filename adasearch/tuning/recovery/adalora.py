@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,10 @@ from adasearch.documents import Fraction, NonNegative, Positive, value
 from adasearch.pruning.structure import ModelStructure
 from adasearch.registry import RECOVERY
 from adasearch.tuning.decoder import Update, Updates
+from adasearch.tuning.masters import Masters
 from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
-from adasearch.tuning.recovery._adapters import AtLeastOne, PacedOptions, check, projections, tune, widest
-from adasearch.tuning.training import Adapters, Masters
+from adasearch.tuning.recovery._adapters import AtLeastOne, Paced, PacedOptions, check, projections, tune, widest
+from adasearch.tuning.training import Adapters
 
 _SPREAD = 0.02
 """Standard deviation of the first values of P and Q, as in the published code; lambda begins at 0."""
@@ -98,7 +99,7 @@ def kept(scores: Sequence[Tensor], budget: int) -> list[Tensor]:
     return list(torch.split(chosen, [len(s) for s in scores]))
 
 
-class Svd(Adapters):
+class Svd(Paced):
     """Updates s P diag(lambda) Q whose least important triplets have their lambda set to 0, over all modules at once.
 
     A triplet that is out may come back until the budget has reached its end: its P and Q are trained on.
@@ -110,8 +111,8 @@ class Svd(Adapters):
     """
 
     def __init__(self, modules: Iterable[nn.Linear], options: AdaloraOptions, steps: int) -> None:
-        super().__init__({})
-        self._options, self._steps = options, steps
+        super().__init__({}, options, steps)
+        self._alpha, self._orthogonality = options.alpha, options.orthogonality
         self.triplets = {m: _triplets(m, min(math.ceil(options.start * options.rank), widest(m))) for m in modules}
         betas = (options.beta_importance, options.beta_uncertainty)
         self._sensitivities = {p: Sensitivity(p.detach().float(), betas) for p in self.parameters()}
@@ -124,9 +125,9 @@ class Svd(Adapters):
 
     def updates(self) -> Updates:
         """Return the updates with lambda in their first factor."""
-        options = self._options
+        alpha, dropout = self._alpha, self._options.dropout
         return {
-            module: Update(t.values[:, None] * t.right, t.left, options.alpha / len(t.values), options.dropout)
+            module: Update((t.values[:, None] * t.right).to(t.right.dtype), t.left, alpha / len(t.values), dropout)
             for module, t in self.triplets.items()
         }
 
@@ -135,11 +136,23 @@ class Svd(Adapters):
 
         The paper (equation 4) has the sum of the squares; its code, and PEFT, the mean of the norms, as here.
         """
-        if self._options.orthogonality == 0:
+        if self._orthogonality == 0:
             return None
         grams = [x.float() for t in self.triplets.values() for x in (t.left.T, t.right)]
         distances = [torch.linalg.matrix_norm(x @ x.T - torch.eye(len(x), device=x.device)) for x in grams]
-        return self._options.orthogonality * torch.stack(distances).mean()
+        return self._orthogonality * torch.stack(distances).mean()
+
+    def state(self) -> dict[str, Any]:
+        """Return the sensitivities, and which triplets are left."""
+        return {"masks": self.masks, "sensitivities": [[s.mean, s.spread] for s in self._sensitivities.values()]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave."""
+        device = next(iter(self._sensitivities)).device
+        self.masks = None if state["masks"] is None else [mask.to(device, copy=True) for mask in state["masks"]]
+        for own, (mean, spread) in zip(self._sensitivities.values(), state["sensitivities"], strict=True):
+            own.mean.copy_(mean)
+            own.spread.copy_(spread)
 
     def stepped(self, step: int, ids: Tensor, masters: Masters) -> None:  # noqa: ARG002 - signature of the hook
         """Take the step's sensitivities into account, and keep to the budget.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,9 +18,10 @@ from adasearch.documents import Count, Fraction, Positive, value
 from adasearch.pruning.structure import ModelStructure
 from adasearch.registry import RECOVERY
 from adasearch.tuning.decoder import Update, Updates
+from adasearch.tuning.masters import Masters
 from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
-from adasearch.tuning.recovery._adapters import PacedOptions, check, factors, projections, tune
-from adasearch.tuning.training import Adapters, Masters, next_token_loss
+from adasearch.tuning.recovery._adapters import Paced, PacedOptions, check, factors, projections, tune
+from adasearch.tuning.training import Adapters, next_token_loss
 
 
 @value
@@ -94,7 +95,7 @@ def places(numbers: Sequence[float]) -> list[float]:
     return found
 
 
-class Thinning(Adapters):
+class Thinning(Paced):
     """Updates of which whole ones leave between two points of a run, the least important of all that are left.
 
     With ``hybrid`` the modules are split into blocks of neighbours. In some steps before the first leaves, every metric
@@ -111,21 +112,35 @@ class Thinning(Adapters):
 
     def __init__(self, model: nn.Module, modules: Sequence[nn.Linear], options: PrunePeftOptions, steps: int) -> None:
         scale = options.alpha / options.rank
-        super().__init__({m: Update(*factors(m, options.rank), scale, options.dropout) for m in modules})
-        self._model, self._options, self._steps = model, options, steps
+        updates: dict[nn.Module, Update] = {
+            m: Update(*factors(m, options.rank), scale, options.dropout) for m in modules
+        }
+        super().__init__(updates, options, steps)
+        self._model, self._all = model, updates
+        self._metric, self._rounds = options.metric, options.rounds
         self.totals = len(modules), max(1, round(options.keep * len(modules)))
         number = min(options.blocks, len(modules)) if options.metric == "hybrid" else 1
         bounds = [round(i * len(modules) / number) for i in range(number + 1)]
         self._blocks = [list(modules[i:j]) for i, j in pairwise(bounds)]
         self.votes = [dict.fromkeys(METRICS, 0) for _ in self._blocks]
 
+    def state(self) -> dict[str, Any]:
+        """Return which adapters are left, by their number, and the votes."""
+        left = [number for number, module in enumerate(self._all) if module in self._updates]
+        return {"left": left, "votes": self.votes}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave."""
+        left = set(state["left"])
+        self._updates = {module: u for number, (module, u) in enumerate(self._all.items()) if number in left}
+        self.votes = [dict(votes) for votes in state["votes"]]
+
     def stepped(self, step: int, ids: Tensor, masters: Masters) -> None:
         """Let the metrics vote, or take adapters away, as many as the schedule says."""
-        options = self._options
-        before = int(options.begin * self._steps)
-        if options.metric == "hybrid" and before - options.rounds < step <= before:
+        before = int(self._options.begin * self._steps)
+        if self._metric == "hybrid" and before - self._rounds < step <= before:
             self._vote(ids, masters)
-        left = options.left(step, self._steps, self.totals, power=1)
+        left = self._options.left(step, self._steps, self.totals, power=1)
         if left is None or left >= len(self._updates):
             return
         scores = self._scores(masters)
@@ -141,8 +156,8 @@ class Thinning(Adapters):
         found: dict[nn.Module, float] = {}
         for block, votes in zip(self._blocks, self.votes, strict=True):
             left = [module for module in block if module in self._updates]
-            hybrid = self._options.metric == "hybrid"
-            metric = METRICS[max(votes, key=votes.__getitem__) if hybrid else self._options.metric]
+            hybrid = self._metric == "hybrid"
+            metric = METRICS[max(votes, key=votes.__getitem__) if hybrid else self._metric]
             scores = [metric(self._pair(module, masters)) for module in left]
             found.update(zip(left, places(scores) if hybrid else scores, strict=True))
         return found

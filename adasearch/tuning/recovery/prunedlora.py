@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,19 @@ from adasearch.documents import NonNegative, Positive, value
 from adasearch.pruning.structure import ModelStructure
 from adasearch.registry import RECOVERY
 from adasearch.tuning.decoder import Update
+from adasearch.tuning.masters import Masters
 from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
-from adasearch.tuning.recovery._adapters import AtLeastOne, PacedOptions, check, factors, projections, tune, widest
-from adasearch.tuning.training import Adapters, Masters
+from adasearch.tuning.recovery._adapters import (
+    AtLeastOne,
+    Paced,
+    PacedOptions,
+    check,
+    factors,
+    projections,
+    tune,
+    widest,
+)
+from adasearch.tuning.training import Adapters
 
 _NOTHING = 1e-30
 """Mean square below which a gradient counts as 0: its Gram matrix has no digits left in float32."""
@@ -84,7 +95,7 @@ class Surgeon:
         return changed
 
 
-class Shrinking(Adapters):
+class Shrinking(Paced):
     """Updates b a that lose their cheapest ranks between two points of a run, each module for itself.
 
     A rank costs what its column of b and its row of a cost together. What is gone is held at 0 after every step.
@@ -97,11 +108,23 @@ class Shrinking(Adapters):
 
     def __init__(self, modules: Iterable[nn.Linear], options: PrunedloraOptions, steps: int) -> None:
         ranks = {m: min(math.ceil(options.start * options.rank), widest(m)) for m in modules}
-        super().__init__({m: Update(*factors(m, rank), 1.0, options.dropout) for m, rank in ranks.items()})
-        self._options, self._steps = options, steps
+        updates: dict[nn.Module, Update] = {
+            m: Update(*factors(m, rank), 1.0, options.dropout) for m, rank in ranks.items()
+        }
+        super().__init__(updates, options, steps)
+        self._damping, self._trust = options.damping, options.trust
         self.alive: dict[nn.Module, Tensor] = {
             m: torch.ones(rank, dtype=torch.bool, device=m.weight.device) for m, rank in ranks.items()
         }
+
+    def state(self) -> dict[str, Any]:
+        """Return which ranks are left."""
+        return {"alive": list(self.alive.values())}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave."""
+        for own, alive in zip(self.alive.values(), state["alive"], strict=True):
+            own.copy_(alive)
 
     def stepped(self, step: int, ids: Tensor, masters: Masters) -> None:  # noqa: ARG002 - signature of the hook
         """Take the cheapest ranks away, as many as the schedule says, and hold at 0 what is gone."""
@@ -117,10 +140,7 @@ class Shrinking(Adapters):
     def _cut(self, turned: tuple[Tensor, ...], grads: tuple[Tensor, ...], alive: Tensor, left: int) -> None:
         """Change both factors (ranks are columns) and `alive` in place, so that `left` ranks stay."""
         at = alive.nonzero().flatten()
-        options = self._options
-        surgeons = [
-            Surgeon(w[:, at], g[:, at], options.damping, options.trust) for w, g in zip(turned, grads, strict=True)
-        ]
+        surgeons = [Surgeon(w[:, at], g[:, at], self._damping, self._trust) for w, g in zip(turned, grads, strict=True)]
         cost = torch.stack([surgeon.scores for surgeon in surgeons]).sum(0)
         gone = cost.argsort(stable=True)[: len(at) - left]
         for factor, surgeon in zip(turned, surgeons, strict=True):
