@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from adasearch.config import Component, StudyConfig, TrialConfig, component, mer
 from adasearch.documents import fingerprint, join, value
 from adasearch.environment import local_machine, machine, versions
 from adasearch.errors import ConfigError, DataError, ModelError, StorageError
-from adasearch.footprint import Training, footprint
+from adasearch.footprint import Training
 from adasearch.latencies import Conditions
 from adasearch.placement import GIB, Machine, Placement
 from adasearch.pruning import allocation, architectures, compensation, schedule
@@ -25,7 +24,7 @@ from adasearch.registry import COMPENSATION
 from adasearch.search.earlier import Earlier, gather
 from adasearch.search.samplers import Choice, choose
 from adasearch.search.seeds import Seeds, find_seeds
-from adasearch.search.space import MANY_PARAMETERS, Space
+from adasearch.search.space import Space
 from adasearch.sections import BudgetConfig, ClusterConfig, Cost, TrainingRules, UnitsConfig
 from adasearch.tuning import tasks
 from adasearch.tuning.export import check as check_export
@@ -366,7 +365,7 @@ def place(
     if not finalists or not tokens:
         need = placement.trial_need(shape, size, tokens, gpu=gpu)
     else:
-        need = placement.final_need(shape, size, _training(recovery, study.finalize.training), gpu=gpu)
+        need = placement.final_need(shape, size, training_of(recovery, study.finalize.training), gpu=gpu)
     if not finalists:
         return placement.decide(study.cluster, offered, need, most or placement.most_workers(study.trials))
     processes = study.finalize.training.processes
@@ -377,103 +376,12 @@ def place(
     return placement.decide(cluster, offered, need, searching)
 
 
-def _training(recovery: Component, rules: TrainingRules) -> Training:
+def training_of(recovery: Component, rules: TrainingRules) -> Training:
     """Return what is trained by a recovery: its adapters, or all weights where it has none."""
     options = recovery.options
     taught = getattr(options, "distill", 0.0) > 0
     return Training(rank=getattr(options, "rank", 0), batch=options.batch, length=options.length, taught=taught,
                     rules=rules)  # fmt: skip
-
-
-def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
-    """Yield lines that say what would run and what it would cost."""
-    structure = checked.structure
-    yield f"{study.name}: valid"
-    size = f"{structure.layers} layers, {structure.parameters:,} parameters"
-    yield f"model: {study.model.name} ({structure.family}), {size}"
-    kinds: dict[str, int] = {}
-    for group in structure.groups:
-        kinds[group.unit] = kinds.get(group.unit, 0) + group.units
-    yield "units: " + ", ".join(f"{count:,} {unit.replace('_', ' ')}s" for unit, count in kinds.items())
-    yield from _describe_budget(study, checked)
-    yield from _describe_costs(study)
-    yield f"space: {study.space.name}, {len(study.space.dimensions)} dimensions, {checked.parameters} parameters"
-    if checked.parameters > MANY_PARAMETERS:
-        yield f"  above {MANY_PARAMETERS} a search stays near its best trials: fix some knobs, or raise trials"
-    if not math.isinf(checked.points):
-        yield f"  {checked.points:g} points: the search ends when all have been tried"
-    yield checked.sampler.line
-    for role, found in checked.items.items():
-        yield f"{role} items: " + ", ".join(f"{task} {len(ids)}" for task, ids in found.items())
-    yield f"trials: {study.trials}, of them recipes: {', '.join(checked.seeds.names) or 'none'}"
-    yield from [checked.seeds.summary()] if study.all_recipes else checked.seeds.lines()
-    yield from (f"warm start: {earlier.run}: {earlier.summary}" for earlier in checked.earlier)
-    trial = TrialConfig.from_dict(study.trial, "trial")
-    train = getattr(trial.recovery.options, "tokens", 0)
-    items = sum(len(ids) for ids in checked.items["search"].values())
-    tokens = study.fidelity.divergence
-    again = f" (again after {study.fidelity.midway:.0%} of the recovery)" if 0 < study.fidelity.midway < 1 else ""
-    compared = f"divergence from the dense model on {tokens:,} tokens{again}, " if tokens else ""
-    yield f"each trial: {compared}{train:,} tokens of {trial.recovery.type} recovery, {items} items"
-    yield from _describe_placement(study, checked.shape)
-    final = getattr(study.finalize.recovery.options, "tokens", 0)
-    yield f"finalists: {study.finalize.top}, {final:,} tokens of {study.finalize.recovery.type} recovery each"
-    if final:
-        yield f"  {_describe_training(study, checked.shape)}"
-
-
-def _describe_training(study: StudyConfig, shape: ModelShape) -> str:
-    """Return how finalists are trained, and what that takes of memory."""
-    rules, recovery = study.finalize.training, study.finalize.recovery
-    size = 2 if study.model.dtype == "auto" else models.pick_dtype(study.model.dtype, "cpu").itemsize
-    need = footprint(shape, size, _training(recovery, rules))
-    parts = [f"{rules.optimizer}, about {need.total / GIB:.1f} GiB each in {8 * size}-bit numbers"]
-    parts += [f"at most {rules.seconds:g} s"] if rules.seconds else []
-    parts += [f"{rules.validation.share:.0%} of the text held out"] if rules.validation else []
-    parts += [f"a checkpoint every {rules.save_seconds:g} s"] if rules.save_seconds else []
-    parts += [f"{rules.processes} processes together"] if rules.processes > 1 else []
-    return ", ".join(parts)
-
-
-def _describe_budget(study: StudyConfig, checked: Checked) -> Iterator[str]:
-    structure = checked.structure
-    removed = 1 - checked.target / structure.parameters
-    if study.budget.goal is None:
-        yield f"budget: {checked.target:,} parameters left at most ({removed:.2%} of all removed)"
-    else:
-        name, target = study.budget.goal
-        tokens = f"over {study.objective.latency_tokens:,} tokens, {'predicted' if name == 'latency' else 'counted'}"
-        yield f"budget: {name} at most {target:g} of the dense model's, {tokens}"
-        yield f"  by equal ratios {checked.target:,} parameters left ({removed:.2%} of all removed); trials differ"
-    if checked.smallest < checked.target:
-        yield f"  searched: up to {1 - checked.smallest / structure.parameters:.2%}, {checked.smallest:,} left"
-
-
-def _describe_costs(study: StudyConfig) -> Iterator[str]:
-    objective = study.objective
-    if objective.several:
-        yield f"objectives: {objective.metric} up; {', '.join(objective.also)} down, as fractions of the dense model's"
-        if study.racing.enabled:
-            yield "  no trial races: a lower score may be the price of a lower cost"
-        if "parameters" in objective.also and len(set(study.removes or ())) == 1:
-            yield "  warning: all trials have the same number of parameters: search budget.remove in the space"
-    if objective.at_most:
-        limits = ", ".join(f"{cost} {limit:g}" for cost, limit in objective.at_most.items())
-        yield f"hard limits: {limits} of the dense model's; a trial beyond is no finalist"
-    if "latency" in objective.costs:
-        yield f"  latency is measured over {objective.latency_tokens:,} tokens, by turns with the dense model"
-
-
-def _describe_placement(study: StudyConfig, shape: ModelShape) -> Iterator[str]:
-    if study.cluster.address not in {None, "in_process"}:
-        yield f"workers: {study.cluster.workers}, placed on the Ray cluster at {study.cluster.address} when it runs"
-        return
-    offered = machines(study)
-    for name, finalists in (("search", False), ("finalists", True)):
-        found = place(study, shape, offered, finalists=finalists)
-        yield f"{name}: {found.summary}"
-        for warning in found.warnings:
-            yield f"  warning: {warning}"
 
 
 def doctor() -> Iterator[str]:

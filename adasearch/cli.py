@@ -49,8 +49,9 @@ def _prune(args: argparse.Namespace) -> None:
 
 
 def _validate(args: argparse.Namespace) -> None:
-    from adasearch.checks import check_study, describe_study
+    from adasearch.checks import check_study
     from adasearch.config import load_study
+    from adasearch.describe import describe_study
 
     study = load_study(Path(args.study))
     for line in describe_study(study, check_study(study, f"{args.study}:")):

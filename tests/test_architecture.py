@@ -53,6 +53,7 @@ FLOORS = [
         "report_style",
         "pictures",
         "checks",
+        "describe",
         "display",
         "teams",
     ],

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from adasearch import finalize, records
-from adasearch.checks import describe_study
 from adasearch.conduct import CHECKPOINT
 from adasearch.config import TrialConfig, component, load_study, study_from_dict
+from adasearch.describe import describe_study
 from adasearch.errors import ConfigError, TrialError
 from adasearch.finalize import FinalTask, finish, run_final
 from adasearch.records import Failure, read_finals, state_writer

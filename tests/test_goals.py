@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adasearch import costs, fresh, goals, latencies, models
-from adasearch.checks import check_study, describe_study
+from adasearch.checks import check_study
 from adasearch.config import StudyConfig, TrialConfig, study_from_dict
+from adasearch.describe import describe_study
 from adasearch.documents import parse, plain
 from adasearch.errors import ConfigError, TrialError
 from adasearch.latencies import Conditions, Curve, LatencyTable
