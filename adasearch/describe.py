@@ -14,7 +14,7 @@ from adasearch.placement import GIB
 from adasearch.search.space import MANY_PARAMETERS
 
 if TYPE_CHECKING:
-    from adasearch.checkpoints import ModelShape
+    from adasearch.pruning.structure import ModelShape
 
 
 def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:

@@ -55,7 +55,7 @@ def study_of(args: argparse.Namespace) -> tuple[StudyConfig, Overlay]:
         report=dataclasses.replace(study.report, items=args.items, perplexity_tokens=args.perplexity_tokens),
         recipes={},
         all_recipes=False,
-        cluster=dataclasses.replace(study.cluster, workers=args.workers),
+        cluster=dataclasses.replace(study.cluster, workers=args.workers, threads=1),
     )
     return made, text
 
