@@ -328,10 +328,11 @@ def place(
     gpu = study.cluster.gpus_per_worker != 0 and any(offer.gpus for offer in offered)
     half = gpu and study.model.dtype == "auto"
     size = 2 if half else models.pick_dtype(study.model.dtype, "cpu").itemsize
-    recovery = study.finalize.recovery if finalists else TrialConfig.from_dict(study.trial, "trial").recovery
-    tokens = getattr(recovery.options, "batch", 0) * getattr(recovery.options, "length", 0)
-    estimate = placement.fine_tune_need if recovery.type == "full" else placement.trial_need
-    need = estimate(shape, size, tokens, gpu=gpu)
+    trial = TrialConfig.from_dict(study.trial, "trial")
+    train = (study.finalize.recovery if finalists else trial.recovery, trial.schedule)
+    tokens = max(getattr(part.options, "batch", 0) * getattr(part.options, "length", 0) for part in train)
+    whole = any(part.type == "full" or getattr(part.options, "rank", None) == 0 for part in train)
+    need = (placement.fine_tune_need if whole else placement.trial_need)(shape, size, tokens, gpu=gpu)
     if not finalists:
         return placement.decide(study.cluster, offered, need, most or placement.most_workers(study.trials))
     searching = place(study, shape, offered).workers
@@ -371,7 +372,9 @@ def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
     tokens = study.fidelity.divergence
     again = f" (again after {study.fidelity.midway:.0%} of the recovery)" if 0 < study.fidelity.midway < 1 else ""
     compared = f"divergence from the dense model on {tokens:,} tokens{again}, " if tokens else ""
-    yield f"each trial: {compared}{train:,} tokens of {trial.recovery.type} recovery, {items} items"
+    learn = getattr(trial.schedule.options, "tokens", 0)
+    learnt = f"{learn:,} tokens from which {trial.schedule.type} learns what goes, " if learn else ""
+    yield f"each trial: {compared}{learnt}{train:,} tokens of {trial.recovery.type} recovery, {items} items"
     yield from _describe_placement(study, checked.shape)
     final = getattr(study.finalize.recovery.options, "tokens", 0)
     yield f"finalists: {study.finalize.top}, {final:,} tokens of {study.finalize.recovery.type} recovery each"

@@ -6,6 +6,7 @@ outline -> calibrate -> score -> allocate -> select -> cut + compensate -> measu
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,18 +18,19 @@ from adasearch import costs, environment, models, outlining, racing, registry
 from adasearch.config import Component, TaskScore, TrialConfig, TrialResult
 from adasearch.errors import ConfigError, TrialError
 from adasearch.promotion import Gate
-from adasearch.pruning import allocation, schedule, surgery
+from adasearch.pruning import allocation, schedule
 from adasearch.pruning.plan import PruningPlan
 from adasearch.pruning.schedule import ScheduleContext
 from adasearch.pruning.structure import WHOLE, Outline
 from adasearch.racing import Early, Race, Rung, TaskValues
-from adasearch.tuning import divergence, evaluation, scoring
+from adasearch.tuning import divergence, evaluation, learning, scoring
 from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
 
 if TYPE_CHECKING:
     from torch import nn
 
     from adasearch.models import BaseModel
+    from adasearch.pruning.learning import Learner
     from adasearch.pruning.statistics import Statistics
     from adasearch.pruning.structure import ModelStructure
     from adasearch.tuning.decoder import Updates
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 Observer = Callable[[str, float | None], None]
 Look = Callable[[int, int, "Updates"], None]
 Blocks = dict[str, tuple[scoring.EncodedItem, ...]]
+
+_LEARNING = 1_000_003  # added to the seed of the text that a schedule learns from
 
 
 def silent(_phase: str, _progress: float | None) -> None:
@@ -107,10 +111,28 @@ class Evaluated:
 
 
 def context_of(
-    config: TrialConfig, bench: Workbench, structure: ModelStructure, statistics: Statistics | None
+    config: TrialConfig,
+    bench: Workbench,
+    structure: ModelStructure,
+    statistics: Statistics | None,
+    clock: Clock | None = None,
 ) -> ScheduleContext:
     """Return what the schedule of a trial decides from, given statistics of the model before its widths are cut."""
     base = bench.outlined(structure.outline)
+
+    def train(model: nn.Module, learner: Learner) -> RecoveryReport:
+        told = clock or Clock()
+        told.enter("learn")
+        # another draw than the recovery's, which may follow: it should see other text
+        tokens = bench.recovery_tokens(
+            config.schedule, config.calibration.corpus, config.seed + _LEARNING, structure.outline
+        )
+        context = dataclasses.replace(
+            _tuning_context("schedule", config.schedule, config, bench, structure.outline),
+            report=lambda step, total, _loss: told.enter("learn", step / total),
+        )
+        return learning.learn(model, structure, tokens, config.schedule.options, learner, context)
+
     return ScheduleContext(
         config=base.config,
         weights=base.weights,
@@ -120,6 +142,7 @@ def context_of(
         trial=config,
         budget=allocation.aimed(bench.study.budget_of(config), config.allocation),
         device=bench.device,
+        train=train,
     )
 
 
@@ -143,14 +166,27 @@ def prune(config: TrialConfig, bench: Workbench, clock: Clock) -> Pruned:
         schedule.check(config)
     statistics = bench.statistics(structure, config.calibration, config.units, schedule.needs(config))
     clock.enter("plan")
-    context = context_of(config, bench, structure, statistics)
+    context = context_of(config, bench, structure, statistics, clock)
     with refusals("plan"):
         decision = schedule.decide(context)
     clock.enter("cut")
-    model = surgery.cut(base.config, base.weights, structure, decision.plan, models.own_weights(base))
-    model = model.to(bench.device)
-    schedule.compensate(model, context, decision)
+    model = schedule.cut(context, decision, models.own_weights(base))
     return Pruned(model=model, structure=structure, plan=decision.plan, base=base)
+
+
+def _tuning_context(
+    section: str, part: Component, config: TrialConfig, bench: Workbench, outline: Outline
+) -> RecoveryContext:
+    """Return seed, device and teacher for a component that trains, which is a `section` of the trial.
+
+    Raises:
+        TrialError: it is to learn from the dense model, whose tokens are others (kind ``config``).
+    """
+    taught = getattr(part.options, "distill", 0.0) > 0
+    if taught and outline.tokens is not None:
+        phase = "recover" if section == "recovery" else "learn"
+        raise TrialError("config", f"{section}.distill must be 0 where tokens go: the teacher knows others", phase)
+    return RecoveryContext(seed=config.seed, device=str(bench.device), teacher=bench.dense() if taught else None)
 
 
 def recover(
@@ -160,14 +196,9 @@ def recover(
     clock.enter("recover")
     outline = pruned.structure.outline
     tokens = bench.recovery_tokens(recovery, config.calibration.corpus, config.seed, outline)
-    taught = getattr(recovery.options, "distill", 0.0) > 0
-    if taught and outline.tokens is not None:
-        raise TrialError("config", "recovery.distill must be 0 where tokens go: the teacher knows others", "recover")
-    context = RecoveryContext(
-        seed=config.seed,
-        device=str(bench.device),
+    context = dataclasses.replace(
+        _tuning_context("recovery", recovery, config, bench, outline),
         report=lambda step, total, _loss: clock.enter("recover", step / total),
-        teacher=bench.dense() if taught else None,
         look=look,
     )
     entry = registry.RECOVERY.get(recovery.type)

@@ -39,6 +39,8 @@ class Update(NamedTuple):
 
 
 Updates = Mapping[nn.Module, Update]
+Gates = Mapping[nn.Module, Tensor]
+"""Factors of the inputs (K) of output projections, by module."""
 
 
 def takes(model: Any) -> bool:
@@ -52,7 +54,7 @@ def _projection(module: Any, updates: Updates) -> Projection:
 
 
 class _Run(NamedTuple):
-    """What all layers of one forward share: rotations by number of heads, masks by window, sequences, updates.
+    """What all layers of one forward share: rotations by number of heads, masks by window, sequences, updates, gates.
 
     A mask is T × T for plain products, B × T × T for fused attention, None where that is causal by itself.
     """
@@ -63,6 +65,12 @@ class _Run(NamedTuple):
     plain: bool
     batch: int
     updates: Updates
+    gates: Gates
+
+    def gated(self, x: Tensor, module: nn.Module) -> Tensor:
+        """Return x (N × K), which `module` reads, times its gates."""
+        factor = self.gates.get(module)
+        return x if factor is None else x * factor.to(x.dtype)
 
 
 def _rotated(x: Tensor, norm: Any, size: int, run: _Run) -> Tensor:
@@ -99,6 +107,7 @@ def _attention(layer: Any, x: Tensor, run: _Run) -> Tensor:
         seen = kernels.attend(q, k, v, mask, layout)
     else:
         seen = kernels.attend_fused(q, k, v, mask, layout)
+    seen = run.gated(seen, attention.o_proj)
     return kernels.project_add(seen, x, _projection(attention.o_proj, run.updates))
 
 
@@ -106,6 +115,7 @@ def _mlp(layer: Any, x: Tensor, run: _Run) -> Tensor:
     norm, mlp = layer.post_attention_layernorm, layer.mlp
     reads = tuple(_projection(p, run.updates) for p in (mlp.gate_proj, mlp.up_proj))
     gate, up = kernels.norm_project(x, norm.weight, norm.variance_epsilon, reads)
+    up = run.gated(up, mlp.down_proj)  # silu(gate) (up m) is (silu(gate) up) m
     return kernels.gated_add(gate, up, x, _projection(mlp.down_proj, run.updates))
 
 
@@ -143,6 +153,7 @@ def hidden_states(
     ids: Tensor,
     *,
     updates: Updates | None = None,
+    gates: Gates | None = None,
     mask: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> Tensor:
@@ -152,6 +163,7 @@ def hidden_states(
         model: causal language model that `takes` takes; its weights are read, not copied.
         ids: B × T token ids.
         updates: low-rank updates by linear module.
+        gates: factors of what output projections read, by module; those left out read it as it is.
         mask: added to attention scores, B × T × T; None is causal.
         positions: B × T; None counts from 0.
     """
@@ -164,7 +176,7 @@ def hidden_states(
     plain = ids.device.type == "cpu" and length <= _PLAIN_LENGTH and mask is None and torch.is_grad_enabled()
     rotation = Rotation.of(cos.flatten(0, 1), sin.flatten(0, 1))
     masks = _masks(core, mask, embedded, plain=plain)
-    run = _Run(rotation=rotation, wide={}, masks=masks, plain=plain, batch=batch, updates=updates or {})
+    run = _Run(rotation, {}, masks, plain, batch, updates or {}, gates or {})
     x = embedded.flatten(0, 1)
     for layer in core.layers:
         x = _layer(layer, x, run)

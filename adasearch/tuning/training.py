@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from adasearch.documents import value
 from adasearch.errors import TrialError
 from adasearch.tuning import decoder
-from adasearch.tuning.decoder import Updates
+from adasearch.tuning.decoder import Gates, Updates
 from adasearch.tuning.head import HeadRows
 from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
 
@@ -42,7 +43,10 @@ class TrainingConfig:
         warmup: share of the steps during which the rate rises linearly to `lr`; then it falls along a cosine to 0.
         weight_decay: AdamW's, on matrices only.
         grad_clip: greatest norm of the gradient over everything that is trained.
-        distill: weight of KL(dense || smaller) beside the next-token loss.
+        distill: weight of KL(dense || smaller) beside the next-token loss, see `Lesson`.
+        temperature: of that divergence.
+        hidden: weight of the error of the last hidden states.
+        hard: weight of the next-token loss where there is a teacher.
     """
 
     tokens: int
@@ -53,6 +57,9 @@ class TrainingConfig:
     weight_decay: float = 0.0
     grad_clip: float = 1.0
     distill: float = 0.0
+    temperature: float = 1.0
+    hidden: float = 0.0
+    hard: float = 1.0
 
     @property
     def steps(self) -> int:
@@ -64,6 +71,40 @@ class TrainingConfig:
         """Return the run that the options of a recovery describe, which name its settings as here."""
         names = [f.name for f in dataclasses.fields(TrainingConfig) if hasattr(options, f.name)]
         return TrainingConfig(**{name: getattr(options, name) for name in names})
+
+    def lesson(self, teacher: nn.Module | None) -> Lesson | None:
+        """Return what is learnt from the dense model, None where nothing is.
+
+        Raises:
+            TrialError: something is, and there is no teacher (kind ``config``).
+        """
+        if self.distill == 0 and self.hidden == 0:
+            return None
+        if teacher is None:
+            raise TrialError("config", f"distill {self.distill} needs the dense model, given none", PHASE)
+        return Lesson(teacher, self.distill, self.temperature, self.hidden, self.hard)
+
+
+class Lesson(NamedTuple):
+    """What a model learns from a teacher: loss = hard CE + weight t^2 KL(q_t || p_t) + hidden |h - g|^2 / |g|^2.
+
+    p_t and q_t are the softmax of the model's and of the teacher's logits over the temperature t, and t^2 keeps the
+    gradient's size whatever t (Hinton et al., arXiv 1503.02531, section 2); h and g are the last hidden states, whose
+    squared error counts relative to the teacher's as in Puzzle (arXiv 2411.19146).
+
+    Args:
+        teacher: model of the same vocabulary.
+        weight: of the divergence.
+        temperature: t.
+        hidden: weight of the states' error; above 0 the hidden sizes must be equal.
+        hard: weight of the next-token loss CE.
+    """
+
+    teacher: nn.Module
+    weight: float = 1.0
+    temperature: float = 1.0
+    hidden: float = 0.0
+    hard: float = 1.0
 
 
 def sequences(tokens: Tensor, config: TrainingConfig) -> Iterator[Tensor]:
@@ -101,8 +142,9 @@ def _log(p: Tensor) -> Tensor:
 class _HeadLoss(torch.autograd.Function):
     """Next-token loss of an output head whose gradients are computed along with it, chunk by chunk.
 
-    With p the softmax of the logits, t the one-hot target and q the teacher's softmax, the loss per position is
-    CE + w KL(q || p) and its gradient on the logits is (1 + w) p - t - w q. Only some rows of logits exist at a time.
+    With p the softmax of the logits, y the one-hot target, and p_t and q_t the softmax of the logits and of the
+    teacher's over the temperature t, the loss per position is a CE + w t^2 KL(q_t || p_t), and its gradient on the
+    logits a (p - y) + w t (p_t - q_t). Only some rows of logits exist at a time.
     """
 
     @staticmethod
@@ -112,9 +154,19 @@ class _HeadLoss(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         teacher: Callable[[slice], Tensor] | None,
-        distill: float,
+        law: tuple[float, float, float],
     ) -> tuple[Tensor, Tensor]:
-        """Return (loss, next-token part), both float32 scalars, for hidden N × D, weight V × D and targets N."""
+        """Return (loss, next-token part), both float32 scalars.
+
+        Args:
+            ctx: of autograd.
+            hidden: N × D.
+            weight: V × D.
+            targets: N.
+            teacher: gives the teacher's logits of some rows.
+            law: (a, w, t) as above.
+        """
+        hard, soft, temperature = law
         count = targets.numel()
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None  # type: ignore[attr-defined]
@@ -128,10 +180,13 @@ class _HeadLoss(torch.autograd.Function):
                 index = targets[part, None]
                 nll -= _log(p.gather(1, index)).sum()
                 if teacher is not None:
-                    q = teacher(part).float().softmax(-1)
-                    divergence += (q * (_log(q) - _log(p))).sum()
-                    p.mul_(1.0 + distill).sub_(q, alpha=distill)
-                p.scatter_add_(1, index, torch.full_like(index, -1.0, dtype=torch.float32))
+                    q = teacher(part).float().div_(temperature).softmax(-1)
+                    tempered = p.clone() if temperature == 1.0 else (wide / temperature).softmax(-1)
+                    divergence += (q * (_log(q) - _log(tempered))).sum()
+                    p.mul_(hard).add_(tempered.sub_(q), alpha=soft * temperature)
+                elif hard != 1.0:
+                    p.mul_(hard)
+                p.scatter_add_(1, index, torch.full_like(index, -hard, dtype=torch.float32))
                 logits[piece] = p  # in the dtype of the model, in place of what it came from
             torch.mm(logits, weight, out=grad_hidden[rows])
             if grad_weight is not None:
@@ -142,7 +197,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         nll = nll / count
         ctx.mark_non_differentiable(nll)
-        return nll + distill * divergence / count, nll
+        return hard * nll + soft * temperature**2 * divergence / count, nll
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -151,9 +206,11 @@ class _HeadLoss(torch.autograd.Function):
         return grad_hidden * grad, rest[0] * grad if rest else None, None, None, None
 
 
-def _states(model: Any, ids: Tensor, updates: Updates | None = None) -> tuple[Tensor, Tensor]:
+def _states(
+    model: Any, ids: Tensor, updates: Updates | None = None, gates: Gates | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the last hidden states, (B (T - 1)) × D, that predict a next token, and the head's weight, V × D."""
-    hidden = decoder.hidden_states(model, ids, updates=updates)
+    hidden = decoder.hidden_states(model, ids, updates=updates, gates=gates)
     return hidden[:, :-1].flatten(0, 1), model.get_output_embeddings().weight
 
 
@@ -162,8 +219,8 @@ def next_token_loss(
     ids: Tensor,
     *,
     updates: Updates | None = None,
-    teacher: nn.Module | None = None,
-    distill: float = 0.0,
+    gates: Gates | None = None,
+    lesson: Lesson | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the mean loss to minimise and its next-token part, in nats per predicted token.
 
@@ -171,21 +228,72 @@ def next_token_loss(
         model: causal language model that `decoder` takes, with a linear output head without bias.
         ids: token ids, B × T, T at least 2.
         updates: low-rank updates of the model's linear layers.
-        teacher: model of the same vocabulary; used where `distill` is above 0.
-        distill: weight of KL(teacher || model).
+        gates: factors of what its output projections read.
+        lesson: what is learnt from a teacher beside the next token, None for nothing. Of the teacher only the last
+            hidden states are held; its logits are made again from them, chunk by chunk.
     """
-    hidden, weight = _states(model, ids, updates)
+    hidden, weight = _states(model, ids, updates, gates)
     targets = ids[:, 1:].flatten()
-    logits = None
-    if teacher is not None and distill > 0:
-        with torch.no_grad():
-            states, head = _states(teacher, ids)
+    if lesson is None:
+        alone: tuple[Tensor, Tensor] = _HeadLoss.apply(hidden, weight, targets, None, (1.0, 0.0, 1.0))  # type: ignore[no-untyped-call]
+        return alone
+    with torch.no_grad():
+        states, head = _states(lesson.teacher, ids)
 
-        def logits(part: slice) -> Tensor:
-            return states[part] @ head.T
+    def logits(part: slice) -> Tensor:
+        return states[part] @ head.T
 
-    losses: tuple[Tensor, Tensor] = _HeadLoss.apply(hidden, weight, targets, logits, distill)  # type: ignore[no-untyped-call]
-    return losses
+    law = (lesson.hard, lesson.weight, lesson.temperature)
+    taught = logits if lesson.weight > 0 else None
+    loss, nll = _HeadLoss.apply(hidden, weight, targets, taught, law)  # type: ignore[no-untyped-call]
+    if lesson.hidden > 0:
+        loss = loss + lesson.hidden * relative_error(hidden, states)
+    return loss, nll
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return |found - wanted|^2 / |wanted|^2 over all elements, float32."""
+    wanted = wanted.float()
+    return (found.float() - wanted).square().sum() / wanted.square().sum()
+
+
+class Adapters:
+    """Low-rank updates that ride along the frozen weights of a run; strategies that change them on their way derive.
+
+    Args:
+        updates: by linear module of the model; their factors are what is trained.
+    """
+
+    def __init__(self, updates: Updates) -> None:
+        self._updates = dict(updates)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return what is trained."""
+        return [factor for u in self._updates.values() for factor in (u.a, u.b) if isinstance(factor, nn.Parameter)]
+
+    def updates(self) -> Updates:
+        """Return the updates of the next forward, in the graph of what is trained; made anew for every step."""
+        return self._updates
+
+    def gates(self, done: float) -> Gates:  # noqa: ARG002 - for those that derive
+        """Return the factors of what output projections read in the next forward; `done` is the share of the steps."""
+        return {}
+
+    def graded(self) -> None:
+        """Look at the gradients of what is trained, as the backward pass left them; nothing here."""
+
+    def penalty(self) -> Tensor | None:
+        """Return what is added to the loss (float32 scalar), None for nothing."""
+        return None
+
+    def stepped(self, step: int, ids: Tensor, masters: Masters) -> None:
+        """Follow what the optimizer did; nothing here.
+
+        Args:
+            step: that was made, from 1.
+            ids: its batch, B × T.
+            masters: whose copies have moved, still hold their clipped gradients, and may be changed in place.
+        """
 
 
 class Masters:
@@ -199,14 +307,24 @@ class Masters:
     def __init__(self, parameters: Sequence[nn.Parameter], config: TrainingConfig) -> None:
         self.parameters = list(parameters)
         self.copies = [p.detach() if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
+        self._copy_of = dict(zip(self.parameters, self.copies, strict=True))
         self._clip = config.grad_clip
         matrices = [c for c in self.copies if c.dim() > 1]
         rest = [c for c in self.copies if c.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         self._adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), fused=True)
 
-    def step(self, rate: float) -> float:
-        """Make one AdamW step at learning rate `rate` from the model's gradients, drop them, return their norm."""
+    def copy(self, parameter: Tensor) -> Tensor:
+        """Return the float32 copy of a parameter."""
+        return self._copy_of[parameter]
+
+    def step(self, rate: float, stepped: Callable[[], None] | None = None) -> float:
+        """Make one AdamW step at learning rate `rate` from the model's gradients, drop them, return their norm.
+
+        Args:
+            rate: of the step.
+            stepped: called before the gradients go; it may change the copies.
+        """
         for copy, parameter in zip(self.copies, self.parameters, strict=True):
             copy.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
@@ -216,6 +334,8 @@ class Masters:
         for group in self._adamw.param_groups:
             group["lr"] = rate
         self._adamw.step()
+        if stepped is not None:
+            stepped()
         self._adamw.zero_grad()  # float32 gradients are not kept through the next forward and backward
         with torch.no_grad():
             for copy, parameter in zip(self.copies, self.parameters, strict=True):
@@ -244,7 +364,7 @@ def train(
     tokens: Tensor,
     config: TrainingConfig,
     context: RecoveryContext,
-    updates: Updates | None = None,
+    adapters: Adapters | None = None,
 ) -> RecoveryReport:
     """Train what `masters` holds on the stream and return what happened; call it inside `seeded`.
 
@@ -254,21 +374,26 @@ def train(
         tokens: 1-D stream of token ids.
         config: the run.
         context: progress callback, device, teacher.
-        updates: low-rank updates of the model's linear layers.
+        adapters: low-rank updates of the model's linear layers, None for none.
 
     Raises:
         TrialError: kind ``nan`` where a loss or gradient is not finite; kind ``config`` where the stream is too short
             or a teacher is missing.
     """
-    if config.distill > 0 and context.teacher is None:
-        raise TrialError("config", f"distill {config.distill} needs the dense model, given none", PHASE)
+    lesson = config.lesson(context.teacher)
+    riding = adapters or Adapters({})
     start = time.monotonic()
     losses: list[float] = []
     for step, ids in enumerate(sequences(tokens, config)):
         batch = ids.to(context.device)
-        total, nll = next_token_loss(model, batch, updates=updates, teacher=context.teacher, distill=config.distill)
+        updates, gates = riding.updates(), riding.gates(step / config.steps)
+        total, nll = next_token_loss(model, batch, updates=updates, gates=gates, lesson=lesson)
+        penalty = riding.penalty()
+        total = total if penalty is None else total + penalty
         total.backward()  # type: ignore[no-untyped-call]
-        norm = masters.step(learning_rate(step, config))
+        riding.graded()
+        rate, stepped = learning_rate(step, config), functools.partial(riding.stepped, step + 1, batch, masters)
+        norm = masters.step(rate, stepped)
         loss = float(total.detach())
         losses.append(float(nll))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -278,7 +403,8 @@ def train(
         if context.report is not None:
             context.report(step + 1, config.steps, losses[-1])
         if context.look is not None and step + 1 < config.steps:
-            whole = {module: u._replace(dropout=0.0) for module, u in (updates or {}).items()}
+            with torch.no_grad():
+                whole = {module: u._replace(dropout=0.0) for module, u in riding.updates().items()}
             context.look(step + 1, config.steps, whole)
     trained = config.steps * config.batch * config.length
     seconds = time.monotonic() - start

@@ -11,7 +11,7 @@ from adasearch.errors import ConfigError, TrialError
 from adasearch.pruning import surgery
 from adasearch.registry import RECOVERY
 from adasearch.tuning.recovery import RecoveryContext, lora
-from adasearch.tuning.training import Masters, TrainingConfig, learning_rate, next_token_loss, sequences
+from adasearch.tuning.training import Lesson, Masters, TrainingConfig, learning_rate, next_token_loss, sequences
 from tests import tiny
 
 LENGTH, BATCH = 16, 4
@@ -44,6 +44,14 @@ def recover(name, model, structure, tokens=None, context=None, **changes):
     )
 
 
+def taught(model):
+    """Return a copy of a model that has learnt the stream: a teacher."""
+    found = copy.deepcopy(model)
+    with torch.random.fork_rng():
+        recover("full", found, None, lr=1e-2)
+    return found
+
+
 def plain_loss(model, ids):
     with torch.no_grad():
         logits = model(input_ids=ids).logits
@@ -74,7 +82,7 @@ def test_distillation_loss_and_gradients_equal_autograd(monkeypatch):
     teacher, _ = cut_model(hidden_size=24, intermediate_size=48)
     twin = copy.deepcopy(model)
     ids = stream(64).view(4, 16)
-    total, nll = next_token_loss(model, ids, teacher=teacher, distill=0.7)
+    total, nll = next_token_loss(model, ids, lesson=Lesson(teacher, 0.7))
     total.backward()
     log_p = twin(input_ids=ids).logits[:, :-1].flatten(0, 1).log_softmax(-1)
     log_q = teacher(input_ids=ids).logits[:, :-1].flatten(0, 1).log_softmax(-1).detach()
@@ -120,7 +128,7 @@ def test_merged_lora_equals_the_updates(dtype, monkeypatch):
         merge(module, update)
 
     train, updates = lora.train, {}
-    monkeypatch.setattr(lora, "train", lambda *given: updates.update(given[-1]) or train(*given))
+    monkeypatch.setattr(lora, "train", lambda *given: updates.update(given[-1].updates()) or train(*given))
     monkeypatch.setattr(lora, "merge", spy)
     before = plain_loss(model, ids)
     recover("lora", model, structure, lr=1e-2)

@@ -15,7 +15,7 @@ from adasearch.pruning.structure import ModelStructure
 from adasearch.registry import RECOVERY
 from adasearch.tuning.decoder import Update
 from adasearch.tuning.recovery import RecoveryContext, RecoveryReport, SequenceLength
-from adasearch.tuning.training import PHASE, Masters, TrainingConfig, seeded, train
+from adasearch.tuning.training import PHASE, Adapters, Masters, TrainingConfig, seeded, train
 
 
 @value
@@ -51,7 +51,7 @@ class LoraOptions:
     corpus: str | None = None
 
 
-def _targets(model: nn.Module, structure: ModelStructure, targets: str) -> list[nn.Linear]:
+def targeted(model: nn.Module, structure: ModelStructure, targets: str) -> list[nn.Linear]:
     """Return the linear modules that get an update."""
     found = []
     for name, module in model.named_modules():
@@ -64,7 +64,7 @@ def _targets(model: nn.Module, structure: ModelStructure, targets: str) -> list[
     return found
 
 
-def _update(module: nn.Linear, options: LoraOptions) -> Update:
+def fresh(module: nn.Linear, options: LoraOptions) -> Update:
     """Return an update that changes nothing yet: A drawn as by Kaiming for a leaky ReLU of slope sqrt(5), B zero."""
     weight = module.weight
     a = torch.empty(options.rank, module.in_features, device=weight.device)
@@ -94,13 +94,13 @@ def recover(
         TrialError: a loss that is not finite, or a stream that is too short.
     """
     run = TrainingConfig.of(options)
-    modules = _targets(model, structure, options.targets)
+    modules = targeted(model, structure, options.targets)
     model.requires_grad_(False)  # noqa: FBT003
     with seeded(context):
-        updates: dict[nn.Module, Update] = {module: _update(module, options) for module in modules}
+        updates: dict[nn.Module, Update] = {module: fresh(module, options) for module in modules}
         factors = [factor for update in updates.values() for factor in (update.a, update.b)]
         masters = Masters(cast("list[nn.Parameter]", factors), run)
-        report = train(model, masters, tokens, run, context, updates)
+        report = train(model, masters, tokens, run, context, Adapters(updates))
     masters.restore_precision()
     for module in modules:
         merge(module, updates[module])

@@ -1,0 +1,114 @@
+"""Training in which a `Learner` learns which units stay: the bridge from pruning to the training loop."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from adasearch.pruning.learning import Learner
+from adasearch.pruning.structure import ModelStructure
+from adasearch.tuning.decoder import Gates, Update, Updates
+from adasearch.tuning.recovery import RecoveryContext, RecoveryReport, lora
+from adasearch.tuning.training import Adapters, Masters, TrainingConfig, seeded, train
+
+
+class _Riding(Adapters):
+    """Updates of weights, and gates on what output projections read, as a learner says.
+
+    Args:
+        model: dense.
+        structure: its groups.
+        updates: of its projections.
+        learner: says the gates.
+    """
+
+    def __init__(self, model: nn.Module, structure: ModelStructure, updates: Updates, learner: Learner) -> None:
+        super().__init__(updates)
+        self._learner = learner
+        self._outputs = {g.name: (model.get_submodule(g.output), g.output_block) for g in structure.groups}
+        self._named = {name: updates[module] for name, module in model.named_modules() if module in updates}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the factors of the updates, and what the learner trains."""
+        return [*super().parameters(), *self._learner.parameters()]
+
+    def gates(self, done: float) -> Gates:
+        """Return the learner's factors, each as often as its unit has features."""
+        found = {}
+        for name, factor in self._learner.gates(done).items():
+            module, block = self._outputs[name]
+            found[module] = factor.repeat_interleave(block)
+        return found
+
+    def penalty(self) -> Tensor | None:
+        """Return the learner's."""
+        return self._learner.penalty()
+
+    def graded(self) -> None:
+        """Show the learner the gradients."""
+        self._learner.graded(self._named)
+
+
+def _owned(module: nn.Module, name: str) -> nn.Parameter:
+    """Return a parameter of a module made a copy of its own, which may be written to."""
+    found = nn.Parameter(cast("Tensor", getattr(module, name)).detach().clone(), requires_grad=False)
+    setattr(module, name, found)
+    return found
+
+
+def _own_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Return all parameters of a model, copies of what they were; tied ones stay tied."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return list(model.requires_grad_(requires_grad=True).parameters())
+
+
+def _updates(model: nn.Module, structure: ModelStructure, options: Any) -> dict[nn.Module, Update]:
+    """Return a low-rank update for every projection of a model; call it inside `seeded`."""
+    wanted = lora.LoraOptions(rank=options.rank, alpha=options.alpha, dropout=options.dropout)
+    modules = lora.targeted(model, structure, wanted.targets)
+    return {module: lora.fresh(module, wanted) for module in modules}
+
+
+def learn(
+    model: nn.Module,
+    structure: ModelStructure,
+    tokens: Tensor,
+    options: Any,
+    learner: Learner,
+    context: RecoveryContext,
+) -> RecoveryReport:
+    """Train on the stream with the learner's gates; what is tuned beside them the option `rank` says.
+
+    Without such an option all weights stay as they are; 0 tunes all of them; above, updates of that rank are trained
+    and merged. Weights that change are new tensors of the model: those it was made over are only read.
+
+    Args:
+        model: dense, frozen, in the layout of transformers.
+        structure: its groups.
+        tokens: 1-D stream of token ids.
+        options: `LearningOptions` of a schedule.
+        learner: says the gates.
+        context: seed, device, progress and the teacher.
+
+    Raises:
+        TrialError: a loss that is not finite (kind ``nan``); a stream that is too short, or a teacher that is missing
+            (kind ``config``).
+    """
+    run, rank = TrainingConfig.of(options), getattr(options, "rank", None)
+    with seeded(context):
+        updates = _updates(model, structure, options) if rank else {}
+        weights = _own_weights(model) if rank == 0 else []
+        riding = _Riding(model, structure, updates, learner)
+        masters = Masters([*weights, *riding.parameters()], run)
+        report = train(model, masters, tokens, run, context, riding)
+    if updates:
+        masters.restore_precision()
+    with torch.no_grad():
+        for module, update in updates.items():
+            _owned(module, "weight")
+            lora.merge(cast("nn.Linear", module), update)
+    model.requires_grad_(requires_grad=False)
+    return report
