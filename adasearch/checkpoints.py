@@ -49,11 +49,15 @@ class Shard:
 
 @value
 class GgufHeader:
-    """What a GGUF file says of itself: whole numbers of its metadata by key, and the shape of every tensor by name."""
+    """What a GGUF file says of itself: whole numbers of its metadata by key, and the shape of every tensor by name.
+
+    `template` tells whether its tokenizer has a chat template.
+    """
 
     family: str
     numbers: dict[str, int]
     tensors: dict[str, tuple[int, ...]]
+    template: bool = False
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -243,7 +247,25 @@ def check_gguf(path: Path) -> GgufHeader:
     if "tokenizer.ggml.model" not in metadata:
         raise ModelError(f"{path}: must carry a tokenizer (tokenizer.ggml.model), has none; use another conversion")
     numbers = {name: number for name, number in metadata.items() if isinstance(number, int)}
-    return GgufHeader(family=str(family), numbers=numbers, tensors=shapes)
+    template = bool(metadata.get("tokenizer.chat_template"))
+    return GgufHeader(family=str(family), numbers=numbers, tensors=shapes, template=template)
+
+
+def has_chat_template(source: ModelSource) -> bool | None:
+    """Return whether the tokenizer of a model has a chat template, None for a hub's, which is not here yet.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    if source.kind == "hub":
+        return None
+    path = Path(source.path)
+    if source.kind == "gguf":
+        return check_gguf(path).template
+    if any((path / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    settings = path / "tokenizer_config.json"
+    return settings.is_file() and bool(_read_json(settings).get("chat_template"))
 
 
 def _package_path(name: str, where: str) -> Path:

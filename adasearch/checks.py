@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adasearch import costs, data, models, placement
-from adasearch.config import COMPONENTS, Component, StudyConfig, TrialConfig, UnitsConfig, component, merged
+from adasearch import costs, models, placement, text_checks
+from adasearch.config import StudyConfig, TrialConfig, UnitsConfig, component, merged
 from adasearch.documents import fingerprint, join, value
 from adasearch.environment import local_machine, machine, versions
 from adasearch.errors import ConfigError, DataError, ModelError, StorageError
@@ -22,9 +23,10 @@ from adasearch.registry import COMPENSATION
 from adasearch.search.earlier import Earlier, gather
 from adasearch.search.samplers import Choice, choose
 from adasearch.search.seeds import Seeds, find_seeds
-from adasearch.search.space import MANY_COLUMNS, Space
+from adasearch.search.space import MANY_PARAMETERS, Space
 from adasearch.sections import ClusterConfig, Cost
 from adasearch.tuning import tasks
+from adasearch.tuning.recovery import check as check_recovery
 
 if TYPE_CHECKING:
     from adasearch.checkpoints import ModelSource
@@ -47,7 +49,7 @@ class Checked:
         smallest: the same for the greatest budget.
         model_digest: tells the model's files apart from others, from their names and sizes.
         items: identifiers of the items by role and task.
-        features: number of columns that the surrogate sees.
+        parameters: number of parameters that are searched; a dimension may have several.
         points: of the space, infinity where they were not counted.
         seeds: what becomes of the recipes.
         earlier: what the runs under `warm_start` tell of the space.
@@ -60,7 +62,7 @@ class Checked:
     smallest: int
     model_digest: str
     items: dict[str, dict[str, tuple[str, ...]]]
-    features: int
+    parameters: int
     points: float
     seeds: Seeds
     sampler: Choice
@@ -71,47 +73,6 @@ class Checked:
         """Return the goal in one line."""
         more = f" to {self.smallest:,}" if self.smallest < self.target else ""
         return f"{self.structure.parameters:,} parameters down to {self.target:,}{more}"
-
-
-def corpora(study: StudyConfig) -> dict[str, str]:
-    """Return every corpus that trials of a study read, and the key that names it.
-
-    Trials read the corpus they are calibrated on, and those that a setting called ``corpus`` names of any component:
-    what a recovery trains on, or another sample that a criterion looks at.
-    """
-    trial = TrialConfig.from_dict(study.trial, "trial")
-    searched = "calibration.corpus" in study.space.dimensions
-    key = "space.calibration.corpus" if searched else "trial.calibration.corpus"
-    named = [(corpus, key) for corpus in study.calibration_corpora]
-    named += _named_by(trial, "trial")
-    named += _settings_of(study.finalize.recovery, "finalize.recovery")
-    for name, recipe in study.recipes.items():
-        config = TrialConfig.from_dict(merged(study.trial, recipe), name)
-        if "calibration" in recipe:
-            named.append((config.calibration.corpus, f"recipes.{name}.calibration.corpus"))
-        named += _named_by(config, f"recipes.{name}")
-    space = Space.from_config(study.space, study.trial, seed=study.seed)
-    # The dimension that names a corpus before those at whose corners it is merely there.
-    for path, corner in sorted(space.corners(), key=lambda found: not found[0].endswith("corpus")):
-        named += [(corpus, join("space", path)) for corpus, _ in _named_by(corner, "")]
-    return dict(reversed(named))  # the first key of each
-
-
-def _named_by(trial: TrialConfig, where: str) -> list[tuple[str, str]]:
-    """Return the corpora that the components of a trial name, and their keys."""
-    return [found for name in COMPONENTS for found in _settings_of(getattr(trial, name), join(where, name))]
-
-
-def _settings_of(part: Component, where: str) -> list[tuple[str, str]]:
-    """Return the corpora that a component names, or those that it is built from."""
-    found: list[tuple[str, str]] = []
-    for field in dataclasses.fields(part.options):
-        item, key = getattr(part.options, field.name), join(where, field.name)
-        if isinstance(item, Component):
-            found += _settings_of(item, key)
-        elif field.name == "corpus" and item:
-            found.append((item, key))
-    return found
 
 
 def units_in_play(study: StudyConfig) -> tuple[UnitsConfig, ...]:
@@ -178,26 +139,27 @@ def _check_biases(study: StudyConfig, structure: ModelStructure, where: str) -> 
 
 def _check_layers(study: StudyConfig, space: Space, layers: int, where: str) -> None:
     """Refuse ratios by layer that are made for a model of another number of layers, before a trial fails of it."""
-    named = [("trial.allocation", TrialConfig.from_dict(study.trial, "trial"))]
-    for name, recipe in study.recipes.items():
-        named.append((f"recipes.{name}.allocation", TrialConfig.from_dict(merged(study.trial, recipe), name)))
-    # The dimension that gives the ratios before those at whose corners they are merely there.
-    corners = sorted(space.corners(), key=lambda found: not found[0].startswith("allocation."))
-    named += [(join("space", path), corner) for path, corner in corners]
-    for key, trial in named:
+    for key, trial in _trials(study, space, "allocation"):
         allocation.check(trial.allocation, layers, join(where, key))
 
 
-def _check_perplexity(study: StudyConfig) -> None:
-    """Refuse to take the perplexity of text that trials are calibrated or tuned on."""
-    if study.objective.allow_shared_splits:
-        return
-    used = {data.parse_corpus(corpus, study.data_root): key for corpus, key in corpora(study).items()}
-    for corpus in study.report.perplexity:
-        parsed = data.parse_corpus(corpus, study.data_root)
-        if parsed.whole and parsed in used:
-            problem = f"{corpus!r} is read whole and {used[parsed]} reads it too; name another split in one of them"
-            raise ConfigError("report.perplexity", problem)
+def _check_recovery(study: StudyConfig, space: Space, shape: ModelShape, where: str) -> None:
+    """Refuse recoveries that the model cannot have, such as adapters of a rank above the width of a projection."""
+    structure = architectures.describe(shape, UnitsConfig())
+    found = [(key, trial.recovery) for key, trial in _trials(study, space, "recovery")]
+    for key, part in [*found, ("finalize.recovery", study.finalize.recovery)]:
+        check_recovery(part, structure, shape.shapes, join(where, key))
+
+
+def _trials(study: StudyConfig, space: Space, section: str) -> list[tuple[str, TrialConfig]]:
+    """Return trials that between them have all that may be said of a section, and the key that says so."""
+    named = [(f"trial.{section}", TrialConfig.from_dict(study.trial, "trial"))]
+    for name, recipe in study.recipes.items():
+        named.append((f"recipes.{name}.{section}", TrialConfig.from_dict(merged(study.trial, recipe), name)))
+    # The dimensions of its settings before the choice among its entries, and those at whose corners it is merely there.
+    order = (f"{section}.", section, "")
+    corners = sorted(space.corners(), key=lambda found: [found[0].startswith(part) for part in order].index(True))
+    return named + [(join("space", path), corner) for path, corner in corners]
 
 
 def _check_disk(folder: Path, parameters: int, models_kept: int) -> None:
@@ -239,10 +201,9 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
     """
     try:
         space = Space.from_config(study.space, study.trial, seed=study.seed)
-        for corpus, key in corpora(study).items():
-            data.check_corpus(corpus, study.data_root, key)
+        text_checks.check_corpora(study)
         tasks.check_tasks(study)
-        _check_perplexity(study)
+        text_checks.check_amounts(study)
         _check_schedule(study)
         earlier = gather(study, space, out, where)
         sampler = choose(study, space)
@@ -260,16 +221,19 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
         for remove in study.removes
     ]
     _check_layers(study, space, shape.layers, where)
+    _check_recovery(study, space, shape, where)
     if out is not None:
         _check_disk(out, structure.parameters, study.finalize.top + 1)
+    items = {role: _items(study, role, where) for role in ("search", "select", "report")}
+    _check_text(study, source, items["report"], where)
     checked = Checked(
         shape=shape,
         structure=structure,
         target=targets[0],
         smallest=targets[1],
         model_digest=_digest(source),
-        items={role: _item_ids(study, role, where) for role in ("search", "select", "report")},
-        features=space.encoding.num_columns,
+        items={role: {task: tuple(i.id for i in found) for task, found in by.items()} for role, by in items.items()},
+        parameters=len(space.parameters),
         points=space.num_points,
         seeds=find_seeds(study, space),
         earlier=earlier,
@@ -279,13 +243,21 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
     return checked
 
 
-def _item_ids(study: StudyConfig, role: Role, where: str) -> dict[str, tuple[str, ...]]:
+def _check_text(study: StudyConfig, source: ModelSource, reported: dict[str, tuple[Item, ...]], where: str) -> None:
+    try:
+        text_checks.check_templates(study, source)
+        text_checks.check_contamination(study, itertools.chain.from_iterable(reported.values()))
+    except ConfigError as error:
+        raise _located(error, where) from None
+
+
+def _items(study: StudyConfig, role: Role, where: str) -> dict[str, tuple[Item, ...]]:
     key = "report.tasks" if role == "report" else "objective.search"
     try:
         found: dict[str, tuple[Item, ...]] = tasks.study_items(study, role)
     except DataError as error:
         raise DataError(f"{join(where, key)}: {error}") from error
-    return {task: tuple(item.id for item in items) for task, items in found.items()}
+    return found
 
 
 def _digest(source: ModelSource) -> str:
@@ -355,9 +327,9 @@ def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
     if checked.smallest < checked.target:
         yield f"  searched: up to {1 - checked.smallest / structure.parameters:.2%}, {checked.smallest:,} left"
     yield from _describe_costs(study)
-    yield f"space: {study.space.name}, {len(study.space.dimensions)} dimensions, {checked.features} features"
-    if checked.features > MANY_COLUMNS:
-        yield f"  above {MANY_COLUMNS} features a search stays near its best trials: fix some knobs, or raise trials"
+    yield f"space: {study.space.name}, {len(study.space.dimensions)} dimensions, {checked.parameters} parameters"
+    if checked.parameters > MANY_PARAMETERS:
+        yield f"  above {MANY_PARAMETERS} a search stays near its best trials: fix some knobs, or raise trials"
     if not math.isinf(checked.points):
         yield f"  {checked.points:g} points: the search ends when all have been tried"
     yield checked.sampler.line

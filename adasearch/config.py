@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +37,7 @@ from adasearch.sections import (
     BudgetConfig,
     ClusterConfig,
     LimitsConfig,
+    Metric,
     ModelConfig,
     ObjectiveConfig,
     OwnBudget,
@@ -74,7 +77,7 @@ def component(known: Registry, data: Any, where: str) -> Component:
 
 @value
 class FinalizeConfig:
-    """What happens after the search: how many configurations are fine-tuned, how, and into which formats.
+    """What happens after the search: how many configurations are fine-tuned, how, and into which formats (``[hf]``).
 
     `workers` finalists are fine-tuned at the same time; None takes as many as the search, or fewer where memory does
     not hold them: a full fine-tune needs about 18 bytes per parameter.
@@ -83,7 +86,7 @@ class FinalizeConfig:
     top: Count = 3
     workers: Count | None = None
     recovery: Component
-    formats: tuple[str, ...] = ("hf",)
+    formats: tuple[Component, ...] = ()
 
 
 @value
@@ -182,7 +185,10 @@ class TrialConfig:
 
 @value
 class TaskScore:
-    """Score of one task: `n` items, mean and standard error of each metric (fractions; acc_norm may be absent)."""
+    """Score of one task: `n` items, mean and standard error of each metric, see `ObjectiveConfig`.
+
+    None stands for an `acc_norm` that the task does not report, and for a `log_score` in records older than it is.
+    """
 
     task: str
     n: int
@@ -192,6 +198,28 @@ class TaskScore:
     acc_norm_stderr: float | None
     margin: float
     margin_stderr: float
+    log_score: float | None = None
+    log_score_stderr: float | None = None
+
+    def of(self, metric: Metric) -> tuple[float, float]:
+        """Return a metric and its standard error; `acc` stands in where a task has no `acc_norm`."""
+        name = "acc" if metric == "acc_norm" and self.acc_norm is None else metric
+        return getattr(self, name), getattr(self, f"{name}_stderr")
+
+
+def mean_of(scores: Sequence[TaskScore], metric: Metric) -> tuple[float, float]:
+    """Return the mean of `metric` over tasks, see `TaskScore.of`, and its standard error; nan without scores.
+
+    The error is that of a mean of independent estimates, sqrt(sum of squares) / number of tasks.
+    """
+    if not scores:
+        return math.nan, math.nan
+    values, errors = zip(*(score.of(metric) for score in scores), strict=True)
+    return sum(values) / len(scores), math.hypot(*errors) / len(scores)
+
+
+TWIN = "same_trial_as"
+"""Note of a trial that took the result of an earlier one, with its number."""
 
 
 @value
@@ -236,6 +264,11 @@ class TrialResult:
     def measured(self) -> bool:
         """Return whether the score comes from items scored after the recovery, and is no prediction from a rung."""
         return not (self.stopped and self.rungs and self.rungs[-1].kind != "recovered")
+
+    @property
+    def twin(self) -> bool:
+        """Return whether it was taken from an earlier trial of the same configuration."""
+        return TWIN in self.notes
 
 
 @value
@@ -289,6 +322,7 @@ class StudyConfig:
         data: dict[str, Any] = plain(self)
         data["space"] = plain(self.space.dimensions)
         data["finalize"]["recovery"] = self.finalize.recovery.to_dict()
+        data["finalize"]["formats"] = [item.to_dict() for item in self.finalize.formats]
         return data
 
     def budget_of(self, trial: TrialConfig) -> BudgetConfig:
@@ -353,6 +387,22 @@ def _read_recipes(data: dict[str, Any], near: Path, where: str) -> dict[str, Any
     return {"recipes": recipes, "all_recipes": given == "auto"}
 
 
+def export_formats(given: Any, where: str) -> tuple[Component, ...]:
+    """Return the export formats that a list names, such as ``[hf, {type: gguf, dtype: q8_0}]``.
+
+    Raises:
+        ConfigError: no list, an unknown format or setting, or two that would be written to the same folder.
+    """
+    if not isinstance(given, list | tuple):
+        raise ConfigError(where, f"must be a list of formats, given {given!r}")
+    formats = tuple(component(registry.EXPORT, item, where) for item in given)
+    labels = [item.options.label for item in formats]
+    twice = next((item for i, item in enumerate(formats) if item.options.label in labels[:i]), None)
+    if twice is not None:
+        raise ConfigError(where, f"{twice.type} stands twice with settings that share a folder; leave one of them")
+    return formats
+
+
 def study_from_dict(data: dict[str, Any], where: str, near: Path) -> StudyConfig:
     """Return the study that a mapping describes.
 
@@ -371,11 +421,10 @@ def study_from_dict(data: dict[str, Any], where: str, near: Path) -> StudyConfig
     finalize = dict(data.get("finalize") or {})
     recovery = finalize.get("recovery", {"type": "full"})
     finalize["recovery"] = component(registry.RECOVERY, recovery, join(where, "finalize.recovery"))
+    finalize["formats"] = export_formats(finalize.get("formats", ["hf"]), join(where, "finalize.formats"))
     data["finalize"] = finalize
     data.setdefault("trial", {})
     study = parse(StudyConfig, data, where)
-    for name in study.finalize.formats:
-        registry.EXPORT.get(name, join(where, "finalize.formats"))
     TrialConfig.from_dict(study.trial, join(where, "trial"))
     for name, recipe in study.recipes.items():
         TrialConfig.from_dict(merged(study.trial, recipe), join(where, "recipes", name))

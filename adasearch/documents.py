@@ -8,7 +8,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, dataclass_transform, get_args
 
 import pydantic
 import yaml
@@ -111,13 +111,17 @@ def join(where: str, *keys: object) -> str:
 def _field_names(cls: type, path: tuple[object, ...]) -> list[str]:
     """Return the fields of the dataclass that lies at `path` below `cls`, empty where it cannot be told."""
     for key in path:
+        if isinstance(key, int):  # in a list
+            found: Any = next((kind for kind in get_args(cls) if dataclasses.is_dataclass(kind)), type(None))
+            cls = found
+            continue
         if not dataclasses.is_dataclass(cls):
             return []
         kinds = {f.name: f.type for f in dataclasses.fields(cls)}
         kind = kinds.get(str(key))
         if isinstance(kind, str):
             kind = _resolve(cls, str(key))
-        cls = kind if isinstance(kind, type) else type(None)
+        cls = kind if isinstance(kind, type) or get_args(kind) else type(None)
     return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
 
 
@@ -142,6 +146,8 @@ def parse(cls: type[T], data: Any, where: str) -> T:
         raise ConfigError(where.rstrip(":"), f"must be a mapping, given {data!r}")
     try:
         return pydantic.TypeAdapter(cls).validate_python(data)
+    except ConfigError as error:  # of a field that is read by a function of its own, which names the key below here
+        raise ConfigError(join(where, error.where), error.problem) from None
     except pydantic.ValidationError as error:
         # A misspelt key also makes the right one missing: the misspelling is the cause, so it goes first.
         found = sorted(error.errors(), key=lambda e: e["type"] not in _UNKNOWN_KEY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,11 +33,11 @@ from adasearch.records import (
     write_final,
     write_items,
 )
-from adasearch.sections import ObjectiveConfig
+from adasearch.sections import Metric, ObjectiveConfig
 from adasearch.tradeoff import finished_first
 from adasearch.trial import Clock, Pruned, prune, recover, score_blocks, task_scores
 from adasearch.tuning import alignment, evaluation
-from adasearch.tuning.export import ModelCard
+from adasearch.tuning.export import Goods, ModelCard
 from adasearch.winner import SELECT, merits
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class FinalTask:
     config: dict[str, Any] | None = None
     recovery: Component | None = None
     items: tuple[Role, ...] = ("select", "report")
-    formats: tuple[str, ...] = ()
+    formats: tuple[Component, ...] = ()
     command: str = ""
     search: Evidence | None = None
 
@@ -216,8 +217,9 @@ def _score(
 ) -> tuple[dict[str, tuple[TaskScore, ...]], dict[str, np.ndarray]]:
     """Return the scores of each role's tasks, and for paired differences the values of their items.
 
-    These are margin and correctness of each report item, and the margin of each select item.
+    These are the study's metric and correctness of each report item, and that metric of each select item.
     """
+    metric = bench.study.objective.metric
     scores: dict[str, tuple[TaskScore, ...]] = {}
     values: dict[str, np.ndarray] = {}
     for role in task.items:
@@ -226,10 +228,10 @@ def _score(
         logliks = score_blocks(model, {name: found.encoded for name, found in tasks.items()})
         scores[role] = task_scores(tasks, logliks)
         for name, found in tasks.items() if role == "report" else ():
-            values[name] = evaluation.item_values(found.items, logliks[name], "margin")
+            values[name] = evaluation.item_values(found.items, logliks[name], metric)
             values[f"{name}#acc"] = evaluation.item_values(found.items, logliks[name], "acc_norm")
         for name, found in tasks.items() if role == "select" else ():
-            values[f"{name}{SELECT}"] = evaluation.item_values(found.items, logliks[name], "margin")
+            values[f"{name}{SELECT}"] = evaluation.item_values(found.items, logliks[name], metric)
     return scores, values
 
 
@@ -251,7 +253,7 @@ def _perplexity(model: nn.Module, bench: Workbench, outline: Outline) -> dict[st
 
 
 def _export(pruned: Pruned, task: FinalTask, record: FinalRecord, bench: Workbench) -> str:
-    folder = bench.run / "export" / task.name
+    """Write a model in every format that is asked for, each a folder, and return the first one relative to the run."""
     study = bench.study
     card = ModelCard(
         model=study.model.name,
@@ -268,26 +270,30 @@ def _export(pruned: Pruned, task: FinalTask, record: FinalRecord, bench: Workben
         versions=versions(),
         command=task.command,
     )
-    for name in task.formats:
-        export = registry.EXPORT.get(name).function
-        export(pruned.model, pruned.base, pruned.structure, pruned.plan, folder, card, overwrite=True)
-    return str(folder.relative_to(bench.run))
+    goods = Goods(model=pruned.model, base=pruned.base, structure=pruned.structure, plan=pruned.plan, card=card)
+    folders = [bench.run / "export" / export_name(task.name, wanted) for wanted in task.formats]
+    for wanted, folder in zip(task.formats, folders, strict=True):
+        registry.EXPORT.get(wanted.type).function(goods, folder, wanted.options, overwrite=True)
+    return str(folders[0].relative_to(bench.run))
 
 
-def judge(run: Path, metric: str, known: Mapping[int, Evidence]) -> None:
+def export_name(name: str, wanted: Component) -> str:
+    """Return what the folder of a model in one format is called: ``trial7``, ``trial7.gguf-q8_0``."""
+    label = wanted.options.label
+    return f"{name}.{label}" if label else name
+
+
+def judge(run: Path, known: Mapping[int, Evidence]) -> None:
     """Write into the records of finalists and of the best recipe what they are ranked by; see `winner.merits`.
 
     What the search knows of them is written anew: it may have gone on since they were made.
-
-    Where the search maximised another metric than the margin that select items are scored by, its scores cannot be
-    weighed with them and have no say.
     """
     finals = [r for r in read_finals(run) if r.role in {"finalist", "recipe"}]
     finals = [dataclasses.replace(r, search=known.get(r.trial, r.search)) for r in finals]
     items = [_select_items(run, record.name) for record in finals]
     if not all(items):
         return
-    found = merits([r.search if metric == "margin" else None for r in finals], items)
+    found = merits([r.search for r in finals], items)
     for record, merit in zip(finals, found, strict=True):
         write_final(run, dataclasses.replace(record, merit=merit))
 
@@ -297,19 +303,21 @@ def _select_items(run: Path, name: str) -> dict[str, np.ndarray]:
     return {key.removesuffix(SELECT): x for key, x in items.items() if key.endswith(SELECT)}
 
 
-def place_exports(run: Path) -> list[FinalRecord]:
-    """Name the exports of the finalists by their rank, ``<rank>-trial<number>``, and return the finalists, best first.
+def place_exports(run: Path, metric: Metric) -> list[FinalRecord]:
+    """Name the exports of the finalists by their rank, and return the finalists, best first.
 
-    This is the last step and may be repeated: wherever an export lies, it ends under its name.
+    A folder is called ``<rank>-trial<number>``, followed by the label of its format. This is the last step and may be
+    repeated: wherever an export lies, it ends under its name.
     """
-    ranked = ranked_finals(r for r in read_finals(run) if r.role == "finalist")
+    ranked = ranked_finals((r for r in read_finals(run) if r.role == "finalist"), metric)
     moved = []
     for rank, record in enumerate(ranked, start=1):
-        goal = run / "export" / f"{rank}-{record.name}"
-        lies = next((p for p in (run / "export").glob(f"*{record.name}") if p.name.split("-")[-1] == record.name), goal)
-        if lies != goal:
-            lies.rename(goal)
-        moved.append(dataclasses.replace(record, export=str(goal.relative_to(run))))
+        for lies in sorted((run / "export").glob(f"*{record.name}*")):
+            found = re.fullmatch(rf"(?:\d+-)?({re.escape(record.name)}(?:\..+)?)", lies.name)
+            if found and lies.name != f"{rank}-{found[1]}":
+                lies.rename(lies.with_name(f"{rank}-{found[1]}"))
+        name = record.export and re.sub(r"^\d+-", "", Path(record.export).name)
+        moved.append(dataclasses.replace(record, export=f"export/{rank}-{name}" if name else None))
         write_final(run, moved[-1])
     return moved
 
@@ -326,8 +334,8 @@ def finalize(study: StudyConfig, run: Path, executor: Executor, display: Display
         display.note(f"finalists are chosen by their observed scores: {obstacle}")
     tasks = finalists(records, study.finalize, known, study.objective)
     failures = finish(tasks, run, executor, display, seconds=study.limits.trial_seconds * LONGER)
-    judge(run, study.objective.metric, known)
-    ranked = place_exports(run)
+    judge(run, known)
+    ranked = place_exports(run, study.objective.metric)
     if not ranked:
         reasons = "; ".join(f"{name}: {failure.kind}: {failure.message}" for name, failure in failures.items())
         raise NoTrialError(f"no finalist could be finished: {reasons or 'no reason recorded'}")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from adasearch.tuning.export import VerifyReport
 
 PREFIX = "adasearch_"
+GGUF = "model.gguf"
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -46,13 +47,18 @@ def load(folder: str | Path, *, dtype: Any = "auto", device: str = "cpu") -> Pre
 
     Args:
         folder: an export of adasearch, or a folder that transformers can open by itself.
-        dtype: a torch dtype, or ``auto`` for that of the file.
+        dtype: a torch dtype, or ``auto`` for that of the file; a GGUF file is read in float32.
         device: where the model goes, such as ``cuda``.
 
     Raises:
         ModelError: a file is missing, damaged or does not hold the weights that its config promises.
     """
     folder = Path(folder).expanduser()
+    if (folder / GGUF).is_file() and not (folder / "config.json").exists():
+        from adasearch.tuning.export import _gguf
+
+        opened = _gguf.open_model(folder, device)
+        return opened if dtype == "auto" else opened.to(dtype)  # type: ignore[return-value, arg-type]
     model_class = _model_class(_read_config(folder), folder)
     if not list(folder.glob("*.safetensors")):
         raise ModelError(f"{folder}: must hold its weights as .safetensors")

@@ -63,12 +63,6 @@ def normalised(values: np.ndarray) -> np.ndarray:
     return np.asarray((values - low) / np.where(high > low, high - low, 1.0))
 
 
-def reference_point(values: np.ndarray, room: float = 0.1) -> np.ndarray:
-    """Return the point (m) below the worst of each objective by a part of its range (Ishibuchi et al. 2011)."""
-    span = values.max(0) - values.min(0)
-    return np.asarray(values.min(0) - room * np.where(span > 0, span, 1.0))
-
-
 def spread(values: np.ndarray, first: Sequence[int], num: int) -> list[int]:
     """Return `num` points that cover a front: `first`, then each time the one that adds most to the hypervolume.
 

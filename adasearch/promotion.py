@@ -32,37 +32,59 @@ _HALVINGS = 60
 
 
 @value
+class Fit:
+    """The posterior of a line y = intercept + slope (x - center) + noise, see `fitted`.
+
+    Args:
+        center: mean of x over the trials that it comes from.
+        lowest: least x among them; below it nothing is known and it is taken for what is there.
+        intercept: predicted score at the center.
+        slope: of the predicted score in x.
+        slope_stderr: standard error of the slope.
+        scale: standard error of a predicted score at the center, over and above that of the slope.
+        freedom: degrees of freedom, n - 2.
+    """
+
+    center: Finite
+    lowest: Finite
+    intercept: Finite
+    slope: Finite
+    slope_stderr: NonNegative
+    scale: Positive
+    freedom: Count
+
+    def at(self, x: float) -> float:
+        """Return the predicted score at x."""
+        return self.intercept + self.slope * self._away(x)
+
+    def error(self, x: float) -> float:
+        """Return the standard error of the predicted score at x."""
+        return math.hypot(self.scale, self.slope_stderr * self._away(x))
+
+    def _away(self, x: float) -> float:
+        return max(x, self.lowest) - self.center
+
+
+@value
 class Gate:
     """What a trial must show at a rung, and what is believed of its score there.
 
     Args:
         kind: of the rung.
         least: merit (`Rung.merit`) below which the trial stops.
-        center: mean of x over the trials that the belief comes from.
-        lowest: least x among them; below it nothing is known and it is taken for what is there.
-        intercept: predicted score at the center.
-        slope: of the predicted score in x.
-        slope_stderr: standard error of the slope.
-        stderr: standard error of a predicted score at the center, over and above that of the slope.
-        freedom: degrees of freedom, n - 2.
+        fit: of the score on the transformed merit.
         stops: false only records that the trial would have stopped: it is of the control group.
     """
 
     kind: Early
     least: Finite
-    center: Finite
-    lowest: Finite
-    intercept: Finite
-    slope: Finite
-    slope_stderr: NonNegative
-    stderr: Positive
-    freedom: Count
+    fit: Fit
     stops: bool = True
 
     def predict(self, merit: float) -> tuple[float, float]:
         """Return the final score that is to be expected of a trial, and the standard error of that prediction."""
-        x = max(transformed(self.kind, merit), self.lowest) - self.center
-        return self.intercept + self.slope * x, math.hypot(self.stderr, self.slope_stderr * x)
+        x = transformed(self.kind, merit)
+        return self.fit.at(x), self.fit.error(x)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,23 +104,6 @@ class Told:
     full: bool
     merits: Mapping[Early, float]
     left: Mapping[Early, float]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fit:
-    """The posterior of a line y = intercept + slope (x - center) + noise; fields as of `Gate`, `scale` its `stderr`."""
-
-    center: float
-    lowest: float
-    intercept: float
-    slope: float
-    slope_stderr: float
-    scale: float
-    freedom: int
-
-    def at(self, x: float) -> float:
-        """Return the predicted score at x."""
-        return self.intercept + self.slope * (max(x, self.lowest) - self.center)
 
 
 def transformed(kind: Early, merit: float) -> float:
@@ -198,22 +203,7 @@ def gates(history: Sequence[Told], rules: FidelityConfig, *, stops: bool = True)
         if fit is not None:
             known[kind] = fit
     least = (_by_value if rules.stop == "value" else _by_rank)(history, rules, known)
-    return tuple(_gate(kind, merit, known[kind], stops) for kind, merit in least.items())
-
-
-def _gate(kind: Early, least: float, fit: Fit, stops: bool) -> Gate:  # noqa: FBT001
-    return Gate(
-        kind=kind,
-        least=least,
-        center=fit.center,
-        lowest=fit.lowest,
-        intercept=fit.intercept,
-        slope=fit.slope,
-        slope_stderr=fit.slope_stderr,
-        stderr=fit.scale,
-        freedom=fit.freedom,
-        stops=stops,
-    )
+    return tuple(Gate(kind=kind, least=merit, fit=known[kind], stops=stops) for kind, merit in least.items())
 
 
 def _by_rank(history: Sequence[Told], rules: FidelityConfig, known: Mapping[Early, Fit]) -> dict[Early, float]:

@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from adasearch.config import TaskScore, TrialResult
+from adasearch.config import TaskScore, TrialResult, mean_of
 from adasearch.documents import parse, plain, value
 from adasearch.errors import ConfigError, StorageError
+from adasearch.sections import Metric
 
 SCHEMA = 1
 DENSE = -1
@@ -263,15 +264,15 @@ def job_of(run: Path) -> str | None:
         return None
 
 
-def ranked_finals(finals: Iterable[FinalRecord]) -> list[FinalRecord]:
+def ranked_finals(finals: Iterable[FinalRecord], metric: Metric) -> list[FinalRecord]:
     """Return finalists, best first: by merit where all of them have one, else by their score on select items.
 
-    That is the mean margin over the tasks; equal ones go by number.
+    That is the mean over the tasks of the study's `metric`; equal ones go by number.
     """
     found = list(finals)
     if all(r.merit is not None for r in found):
         return sorted(found, key=lambda r: (-(r.merit or 0.0), r.trial))
-    return sorted(found, key=lambda r: (-float(np.mean([t.margin for t in r.selected])), r.trial))
+    return sorted(found, key=lambda r: (-mean_of(r.selected, metric)[0], r.trial))
 
 
 def state_writer(folder: Path) -> Callable[[str, float | None], None]:

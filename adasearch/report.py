@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from adasearch.config import StudyConfig, TaskScore, TrialResult
+from adasearch.config import StudyConfig, TaskScore, TrialResult, mean_of
 from adasearch.records import (
     DENSE,
     FinalRecord,
@@ -84,17 +84,12 @@ class Findings:
 
 def report_score(score: TaskScore) -> tuple[float, float]:
     """Return the acc_norm of a task where it has one, else its acc, and its standard error."""
-    if score.acc_norm is None or score.acc_norm_stderr is None:
-        return score.acc, score.acc_stderr
-    return score.acc_norm, score.acc_norm_stderr
+    return score.of("acc_norm")
 
 
 def mean_score(scores: Sequence[TaskScore]) -> tuple[float, float]:
     """Return the mean over tasks of `report_score`, and its standard error."""
-    if not scores:
-        return math.nan, math.nan
-    values, errors = zip(*map(report_score, scores), strict=True)
-    return float(np.mean(values)), float(np.sqrt(np.sum(np.square(errors))) / len(errors))
+    return mean_of(scores, "acc_norm")
 
 
 def _resampled_means(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -193,8 +188,8 @@ def gather(run: Path, study: StudyConfig) -> Findings:
     dense_record = chosen.pop(DENSE, None)
     scored = read_finals(run)
     dense = next((f for f in scored if f.role == "dense"), None)
-    finals = ranked_finals(f for f in scored if f.role == "finalist")
-    recipes = ranked_finals(f for f in scored if f.recipe)
+    finals = ranked_finals((f for f in scored if f.role == "finalist"), study.objective.metric)
+    recipes = ranked_finals((f for f in scored if f.recipe), study.objective.metric)
     best, recipe = next(iter(finals), None), next(iter(recipes), None)
     finished = sum(r.result is not None for r in chosen.values())
     importance, note = _importance(run, finished)

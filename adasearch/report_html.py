@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from adasearch import pictures
-from adasearch.config import COMPONENTS, TaskScore, TrialResult
+from adasearch.config import COMPONENTS, TaskScore, TrialResult, mean_of
 from adasearch.records import Evidence, FinalRecord, Record
 from adasearch.report import Difference, Findings, dense_parameters_of, kept_widths, mean_score, ranked, state_of
 from adasearch.report_front import front_section
@@ -87,7 +87,7 @@ def _task_rows(columns: Sequence[FinalRecord]) -> list[tuple[str, list[str]]]:
     rows: list[tuple[str, list[str]]] = []
     for task in tasks:
         block: list[list[str]] = []
-        for metric in ("acc", "acc_norm", "margin"):
+        for metric in ("acc", "acc_norm", "margin", "log_score"):
             cells = []
             for scores in by_task:
                 s = scores.get(task)
@@ -142,22 +142,23 @@ def _finalists(f: Findings) -> str:
         return ""
     extra = [f.recipe] if f.recipe and f.recipe.name not in {x.name for x in f.finals} else []
     whole = mean_score(f.dense.report)[0] if f.dense else math.nan
+    metric = f.study.objective.metric
     rows = []
     for rank, final in enumerate((*f.finals, *extra), start=1):
         score, stderr = mean_score(final.report)
-        select = [s.margin for s in final.selected]
+        select, fresh = (mean_of(scores, metric)[0] for scores in (final.selected, final.report))
         rank_cell = str(rank) if final.role == "finalist" else "–"
-        cells = [rank_cell, _name(final), *_evidence(final.search), _margin(select), _three(final.merit)]
-        cells += [_margin([s.margin for s in final.report]), points(score, stderr)]
+        cells = [rank_cell, _name(final), *_evidence(final.search), _three(select), _three(final.merit)]
+        cells += [_three(fresh), points(score, stderr)]
         cells += [percent(score / whole if whole else math.nan), short_count(final.parameters)]
         cells += [percent(final.removed), duration(sum(final.seconds.values())), escape(final.export or "–")]
         rows.append(("strong" if rank == 1 else "", cells))
-    head = ["rank", "<model", "search score", "posterior mean", "select margin", "merit", "report margin"]
-    head += ["report score", "retained", "parameters", "removed", "time", "<export"]
+    head = ["rank", "<model", "search score", "posterior mean", f"select {metric}", "merit"]
+    head += [f"report {metric}", "report score", "retained", "parameters", "removed", "time", "<export"]
     note = (
         "<p>Chosen by the posterior mean of their search score, fine-tuned in full, ranked by merit: that mean and the "
-        "margin on the select items, each weighed by the inverse of its variance. Report items had no say in the order."
-        "</p>"
+        f"{metric} on the select items, each weighed by the inverse of its variance. Report items had no say in the "
+        "order.</p>"
     )
     if f.study.objective.several:
         note += (
@@ -167,11 +168,7 @@ def _finalists(f: Findings) -> str:
 
 
 def _three(number: float | None) -> str:
-    return "–" if number is None else f"{number:.3f}"
-
-
-def _margin(values: Sequence[float]) -> str:
-    return _three(sum(values) / len(values) if values else None)
+    return "–" if number is None or math.isnan(number) else f"{number:.3f}"
 
 
 def _evidence(known: Evidence | None) -> tuple[str, str]:
@@ -359,7 +356,8 @@ def _meaning(f: Findings) -> str:
     objective = f.study.objective
     margin = (
         "<b>Margin</b> is the probability of the right choice, corrected for chance: 0 is guessing, 1 is certain. "
-        "It is less noisy than accuracy at the same number of items."
+        "<b>log_score</b> puts the logarithm of that probability on the same scale; it has no lower end, so confident "
+        "errors cost most. Both are less noisy than accuracy at the same number of items."
     )
     bias = (
         "<b>Search scores are optimistic.</b> The best of many noisy estimates is too high on average, so the winner's "

@@ -8,10 +8,95 @@ from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 
-from adasearch.documents import Count, Fraction, NonNegative, Positive, Share, value
+from adasearch.documents import Count, Fraction, Index, NonNegative, Positive, Share, parse, value
+from adasearch.errors import ConfigError
 
 Cost = Literal["parameters", "latency", "memory"]
+Metric = Literal["margin", "log_score", "acc", "acc_norm"]
 SamplerType = Literal["auto", "botorch", "tpe", "gp", "nsga2", "random", "cmaes", "evolution"]
+
+
+@value
+class MixPart:
+    """One corpus of a mixture, and its share of the tokens in proportion to the other weights."""
+
+    corpus: str
+    weight: Positive
+
+
+def _some(parts: tuple[MixPart, ...]) -> tuple[MixPart, ...]:
+    if not parts:
+        raise ValueError("must name a corpus")
+    return parts
+
+
+@value
+class Mix:
+    """Several corpora read together: ``{mix: [{corpus: pydoc, weight: 2}, {corpus: stdlib, weight: 1}]}``."""
+
+    mix: Annotated[tuple[MixPart, ...], pydantic.AfterValidator(_some)]
+
+    @staticmethod
+    def of(corpus: str | Mix) -> Mix:
+        """Return what is read: a mixture as it is, a corpus as one of a single part."""
+        return corpus if isinstance(corpus, Mix) else Mix(mix=(MixPart(corpus=corpus, weight=1.0),))
+
+
+def _text(given: Any, info: pydantic.ValidationInfo) -> Any:
+    if given is None or isinstance(given, str | Mix):
+        return given
+    if isinstance(given, dict):
+        return parse(Mix, given, str(info.field_name))
+    problem = f"must be a corpus or {{mix: [{{corpus: .., weight: ..}}]}}, given {given!r}"
+    raise ConfigError(str(info.field_name), problem)
+
+
+Text = Annotated[str | Mix | None, pydantic.PlainValidator(_text)]
+"""What is read to train on: a corpus, a mixture, or None for what the trial is calibrated on."""
+
+
+@value
+class TextOptions:
+    """What is read to train on: settings that all components have which train; their options are derived from these.
+
+    Args:
+        corpus: text to train on: a corpus, or a mixture; None takes the corpus of the calibration.
+        packing: ``stream`` lays documents end to end and cuts sequences anywhere; with ``documents`` a sequence holds
+            whole documents where they are not longer than it, none sees another, and positions start at 0 in each.
+        loss: which tokens count where the text has conversations (``chat/<corpus>``): all, or the answers alone. Of
+            plain text all count.
+    """
+
+    corpus: Text = None
+    packing: Literal["stream", "documents"] = "stream"
+    loss: Literal["all", "answers"] = "all"
+
+    def __post_init__(self) -> None:
+        """Check that answers are trained on beside their own questions.
+
+        Raises:
+            ConfigError: they would be cut from them.
+        """
+        if self.loss == "answers" and self.packing != "documents":
+            raise ConfigError("packing", "must be documents where loss is answers, given stream: it would cut answers "
+                                         "from their questions")  # fmt: skip
+
+
+@value
+class Sampling:
+    """Text that the dense model makes itself: the settings of the corpus ``self``.
+
+    Args:
+        temperature: what logits are divided by; 1 is the model's own distribution, less is more likely text.
+        length: tokens of each document.
+        documents: how many there are, over all parts of the corpus.
+        seed: of what is drawn.
+    """
+
+    temperature: Positive = 1.0
+    length: Annotated[int, pydantic.Field(ge=16, le=8192)] = 256
+    documents: Count = 256
+    seed: Index = 0
 
 
 @value
@@ -57,8 +142,13 @@ class ObjectiveConfig:
     """What the search maximises: the mean of `metric` over the tasks in `search`, on `items` items of each.
 
     `margin` is the chance-corrected probability of the right choice, (p - 1/n) / (1 - 1/n), with p the softmax over
-    the choices' log-likelihoods per character (as they are, where a task reports no acc_norm). `select` items of each
-    task are set aside for choosing among finalists.
+    the n choices' log-likelihoods per character (as they are, where a task reports no acc_norm). `log_score` is its
+    chance-corrected logarithm, log(n p) / log n: like the margin 0 at chance and 1 at certainty, but without a lower
+    bound: a right choice that is held for impossible costs more than one that is held for unlikely. On tasks that
+    report acc_norm it shows differences between configurations best; on others a confident model may score below one
+    that knows nothing, so it is not the default (benchmarks/RESULTS.md, "How noisy scores are"). `acc` and `acc_norm`
+    are lm-eval's, and always reported. Finalists are compared by the same metric, on `select` items of each task that
+    are set aside for it.
 
     Args:
         also: what is minimised beside it, as a fraction of the dense model's figure: ``parameters`` (a count),
@@ -71,7 +161,7 @@ class ObjectiveConfig:
     search: tuple[str, ...]
     items: Count = 200
     select: Count = 200
-    metric: Literal["margin", "acc", "acc_norm"] = "margin"
+    metric: Metric = "margin"
     allow_shared_splits: bool = False
     also: Annotated[tuple[Cost, ...], pydantic.AfterValidator(_distinct)] = ()
     at_most: dict[Cost, Positive] = dataclasses.field(default_factory=dict)
@@ -101,13 +191,19 @@ class ObjectiveConfig:
 
 @value
 class ReportConfig:
-    """What is scored once, at the end: tasks by name; perplexity on the first tokens of corpora, by window length."""
+    """What is scored once, at the end: tasks by name; perplexity on the first tokens of corpora, by window length.
+
+    `contamination` says what becomes of a document of calibration or recovery in which an item of `tasks` stands, see
+    `tuning.contamination`: it is left out (``drop``, counted in the trial's notes), ends the work (``refuse``), or is
+    read all the same (``allow``).
+    """
 
     tasks: tuple[str, ...]
     items: Count | None = None
     perplexity: tuple[str, ...] = ()
     perplexity_tokens: Count = 65536
     windows: tuple[Count, ...] = (128, 2048)
+    contamination: Literal["drop", "refuse", "allow"] = "drop"
 
 
 def _workers(given: Any) -> Any:

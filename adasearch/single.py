@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adasearch.checks import check_study
-from adasearch.config import SpaceConfig, StudyConfig, TrialConfig, component, merged
+from adasearch.config import SpaceConfig, StudyConfig, TrialConfig, component, export_formats, merged
 from adasearch.documents import Count, Fraction, Index, parse, value
 from adasearch.environment import usable_cores
 from adasearch.errors import ConfigError, NoTrialError, StorageError, TrialError
@@ -100,7 +100,11 @@ def study_of(order: Order) -> StudyConfig:
             "perplexity_tokens": PERPLEXITY_TOKENS,
             "windows": (WINDOW,),
         },
-        "finalize": {"top": 1, "recovery": component(RECOVERY, trial["recovery"], "recovery")},
+        "finalize": {
+            "top": 1,
+            "recovery": component(RECOVERY, trial["recovery"], "recovery"),
+            "formats": export_formats(["hf"], "--format"),
+        },
         "trial": trial,
         "recipes": {},
         "trials": 1,
@@ -161,7 +165,7 @@ def _records(order: Order, study: StudyConfig, name: str, room: Path) -> tuple[F
         config=config.to_dict(),
         recovery=config.recovery,
         items=(),
-        formats=("hf",),
+        formats=study.finalize.formats,
         command=order.command,
     )
     try:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adasearch import costs, environment, models, outlining, racing, registry
-from adasearch.config import Component, TaskScore, TrialConfig, TrialResult
+from adasearch.config import Component, TaskScore, TrialConfig, TrialResult, mean_of
 from adasearch.errors import ConfigError, TrialError
 from adasearch.promotion import Gate
-from adasearch.pruning import allocation, schedule
+from adasearch.pruning import allocation, schedule, statistics
 from adasearch.pruning.plan import PruningPlan
 from adasearch.pruning.schedule import ScheduleContext
 from adasearch.pruning.structure import WHOLE, Outline
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from adasearch.pruning.learning import Learner
     from adasearch.pruning.statistics import Statistics
     from adasearch.pruning.structure import ModelStructure
+    from adasearch.streams import TrainingText
     from adasearch.tuning.decoder import Updates
     from adasearch.workbench import TaskItems, Workbench
 
@@ -40,7 +41,8 @@ Observer = Callable[[str, float | None], None]
 Look = Callable[[int, int, "Updates"], None]
 Blocks = dict[str, tuple[scoring.EncodedItem, ...]]
 
-_LEARNING = 1_000_003  # added to the seed of the text that a schedule learns from
+_TRAINING = {"recovery": ("recover", 0), "schedule": ("learn", 1_000_003)}
+"""Phase by section of a trial that may train, and what is added to the seed of its text: each should see its own."""
 
 
 def silent(_phase: str, _progress: float | None) -> None:
@@ -121,17 +123,11 @@ def context_of(
     base = bench.outlined(structure.outline)
 
     def train(model: nn.Module, learner: Learner) -> RecoveryReport:
-        told = clock or Clock()
-        told.enter("learn")
-        # another draw than the recovery's, which may follow: it should see other text
-        tokens = bench.recovery_tokens(
-            config.schedule, config.calibration.corpus, config.seed + _LEARNING, structure.outline
-        )
-        context = dataclasses.replace(
-            _tuning_context("schedule", config.schedule, config, bench, structure.outline),
-            report=lambda step, total, _loss: told.enter("learn", step / total),
-        )
-        return learning.learn(model, structure, tokens, config.schedule.options, learner, context)
+        text, told = _training("schedule", config.schedule, config, bench, structure.outline, clock or Clock())
+        try:
+            return learning.learn(model, structure, text.tokens, config.schedule.options, learner, told)
+        except TrialError as error:  # the loop knows of recoveries alone
+            raise TrialError(error.kind, error.message, _TRAINING["schedule"][0]) from error
 
     return ScheduleContext(
         config=base.config,
@@ -174,36 +170,39 @@ def prune(config: TrialConfig, bench: Workbench, clock: Clock) -> Pruned:
     return Pruned(model=model, structure=structure, plan=decision.plan, base=base)
 
 
-def _tuning_context(
-    section: str, part: Component, config: TrialConfig, bench: Workbench, outline: Outline
-) -> RecoveryContext:
-    """Return seed, device and teacher for a component that trains, which is a `section` of the trial.
+def _training(
+    section: str, part: Component, config: TrialConfig, bench: Workbench, outline: Outline, clock: Clock
+) -> tuple[TrainingText, RecoveryContext]:
+    """Return the text, and what else is needed, for a component that trains, which is a `section` of the trial.
 
     Raises:
-        TrialError: it is to learn from the dense model, whose tokens are others (kind ``config``).
+        TrialError: the text cannot be had, or it is to learn from the dense model, whose tokens are others (kind
+            ``config``).
     """
+    phase, draw = _TRAINING[section]
+    clock.enter(phase)
     taught = getattr(part.options, "distill", 0.0) > 0
     if taught and outline.tokens is not None:
-        phase = "recover" if section == "recovery" else "learn"
         raise TrialError("config", f"{section}.distill must be 0 where tokens go: the teacher knows others", phase)
-    return RecoveryContext(seed=config.seed, device=str(bench.device), teacher=bench.dense() if taught else None)
+    text = bench.recovery_text(part, config.calibration.corpus, config.seed + draw, outline, section)
+    context = RecoveryContext(
+        seed=config.seed,
+        device=str(bench.device),
+        report=lambda step, total, _loss: clock.enter(phase, step / total),
+        teacher=bench.dense() if taught else None,
+        marks=text.marks,
+    )
+    return text, context
 
 
 def recover(
     pruned: Pruned, recovery: Component, config: TrialConfig, bench: Workbench, clock: Clock, look: Look | None = None
 ) -> RecoveryReport:
     """Tune the smaller model in place and return what was done; `look` is that of a `RecoveryContext`."""
-    clock.enter("recover")
-    outline = pruned.structure.outline
-    tokens = bench.recovery_tokens(recovery, config.calibration.corpus, config.seed, outline)
-    context = dataclasses.replace(
-        _tuning_context("recovery", recovery, config, bench, outline),
-        report=lambda step, total, _loss: clock.enter("recover", step / total),
-        look=look,
-    )
-    entry = registry.RECOVERY.get(recovery.type)
-    report: RecoveryReport = entry.function(pruned.model, pruned.structure, tokens, recovery.options, context)
-    return report
+    text, context = _training("recovery", recovery, config, bench, pruned.structure.outline, clock)
+    entry, context = registry.RECOVERY.get(recovery.type), dataclasses.replace(context, look=look)
+    report: RecoveryReport = entry.function(pruned.model, pruned.structure, text.tokens, recovery.options, context)
+    return dataclasses.replace(report, dropped=text.dropped)
 
 
 class Stopped(Exception):  # noqa: N818 - a decision, no error; it must pass through the training loop
@@ -245,7 +244,7 @@ class Ascent:
             tasks = self._bench.items("search", self._pruned.structure.outline)
             begun = time.perf_counter()
             logliks = score_blocks(self._pruned.model, first_items(tasks, share))
-            found = evaluation.objective(task_scores(tasks, logliks), self._bench.study.objective.metric)
+            found = mean_of(task_scores(tasks, logliks), self._bench.study.objective.metric)
             self._pass("unrecovered", share, found, begun)
 
     def look(self, step: int, steps: int, updates: Updates) -> None:
@@ -332,7 +331,7 @@ def evaluate(
             for name, found in logliks.items()
         }
         scores = task_scores(tasks, logliks)
-        score, stderr = evaluation.objective(scores, metric)
+        score, stderr = mean_of(scores, metric)
         gap, bound = racing.upper_bound(values, race.rival, rules.z, len(rules.rungs)) if race else (None, None)
         seconds = time.perf_counter() - begun
         rungs.append(Rung(kind="recovered", share=share, value=score, stderr=stderr, seconds=seconds,
@@ -391,9 +390,10 @@ def run_trial(
         widths, parameters = pruned.plan.dense_widths(pruned.structure), pruned.plan.parameters
         cost = weigh(pruned.model, pruned, bench, clock)  # recovery changes none of it, and every trial has it
         ascent = Ascent(pruned, bench, clock, gates)
+        notes = _sample_notes(config, bench, pruned.structure.outline)
         try:
             ascent.measure()
-            notes = _loss_notes(recover(pruned, config.recovery, config, bench, clock, ascent.look))
+            notes |= _loss_notes(recover(pruned, config.recovery, config, bench, clock, ascent.look))
             found = evaluate(pruned.model, bench, clock, race, pruned.structure.outline)
         except Stopped as stopped:
             found = stopped.found
@@ -421,9 +421,27 @@ def run_trial(
     return result, found.values
 
 
+def _sample_notes(config: TrialConfig, bench: Workbench, outline: Outline) -> dict[str, float | str]:
+    """Return how many documents the calibration passed over because report items stand in them, if any."""
+    needs = statistics.by_corpus(schedule.needs(config))
+    read = [corpus or config.calibration.corpus for corpus, families in needs.items() if families]
+    samples = [dataclasses.replace(config.calibration, corpus=corpus) for corpus in read]
+    dropped = sum(bench.sample_dropped(sample, outline) for sample in samples)
+    return {"calibration_dropped": float(dropped)} if dropped else {}
+
+
 def _loss_notes(report: RecoveryReport) -> dict[str, float | str]:
-    """Return the loss of the first step and the mean over the last quarter of the steps (nats per token)."""
+    """Return the loss of the first step and the mean over the last quarter of the steps (nats per token).
+
+    And how many documents were left out of the text because report items stand in them, if any.
+    """
     if not report.losses:
         return {}
     tail = report.losses[-max(1, len(report.losses) // 4) :]
-    return {"loss_first": report.losses[0], "loss_last": sum(tail) / len(tail), "recovery_tokens": float(report.tokens)}
+    dropped = {"recovery_dropped": float(report.dropped)} if report.dropped else {}
+    return {
+        "loss_first": report.losses[0],
+        "loss_last": sum(tail) / len(tail),
+        "recovery_tokens": float(report.tokens),
+        **dropped,
+    }

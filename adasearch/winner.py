@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from adasearch.racing import TaskValues, paired_gap
 from adasearch.records import Evidence
 
 SELECT = "#select"
 """Ending of the names under which the values of select items lie among a finalist's items."""
 
 
-def merits(known: Sequence[Evidence | None], items: Sequence[Mapping[str, np.ndarray]]) -> list[float]:
+def merits(known: Sequence[Evidence | None], items: Sequence[TaskValues]) -> list[float]:
     """Return what finalists are ranked by, higher is better, on the scale of their select scores.
 
     Finalist i has the posterior mean m_i with variance u_i from the search and the select score s_i, the mean over T
@@ -52,11 +53,8 @@ def merits(known: Sequence[Evidence | None], items: Sequence[Mapping[str, np.nda
     return [float(merit) for merit in share * (mean + np.mean(select - mean)) + (1 - share) * select]
 
 
-def _variances(items: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+def _variances(items: Sequence[TaskValues]) -> np.ndarray:
     """Return v of `merits` for each of k finalists."""
-    k, total = len(items), np.zeros(len(items))
-    for task in items[0]:
-        values = np.array([found[task] for found in items], dtype=float)  # k x n
-        gaps = values - values.mean(axis=0)
-        total += gaps.var(axis=1, ddof=1) / values.shape[1] if values.shape[1] > 1 else 0.0
-    return total / len(items[0]) ** 2 * k / (k - 1)
+    k = len(items)
+    mean = {task: np.mean([found[task] for found in items], axis=0, dtype=float) for task in items[0]}
+    return np.array([paired_gap(found, mean)[1] ** 2 * k / (k - 1) for found in items])

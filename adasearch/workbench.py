@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from adasearch import data, models, outlined
+from adasearch import corpora, data, models, outlined, streams
 from adasearch.config import CalibrationConfig, Component, StudyConfig, UnitsConfig
 from adasearch.documents import fingerprint
-from adasearch.errors import DataError, TrialError
+from adasearch.errors import ConfigError, DataError, TrialError
 from adasearch.pruning import architectures, calibration, statistics, vocabulary
 from adasearch.pruning.statistics import Statistics
 from adasearch.pruning.statistics_cache import Cache
 from adasearch.pruning.structure import WHOLE, Outline
-from adasearch.tuning import divergence, scoring, tasks
+from adasearch.sections import Mix
+from adasearch.tuning import contamination, divergence, generation, scoring, tasks
 from adasearch.tuning.items import Item, Role
 
 if TYPE_CHECKING:
@@ -107,6 +108,8 @@ class Workbench:
         self._use: dict[tuple[str, int], torch.Tensor] = {}
         self._last: tuple[tuple[_Asked, ...], Statistics] | None = None
         self._reference: divergence.Reference | None = None
+        self._reported: contamination.Index | None = None
+        self._dropped: dict[tuple[CalibrationConfig, Outline], int] = {}
 
     def structure(self, units: UnitsConfig | None = None, outline: Outline = WHOLE) -> ModelStructure:
         """Return the structure, with the units asked for, of the model that an outline leaves."""
@@ -141,28 +144,74 @@ class Workbench:
             self._small = (base, model)
         return model
 
+    def corpus(self, spec: str) -> str:
+        """Return the spec of a corpus that can be read: text of the dense model itself is made, once for all workers.
+
+        Raises:
+            ConfigError: the model cannot make it.
+        """
+        sampling = corpora.sampling(spec)
+        if sampling is None:
+            return spec
+
+        def made() -> list[str]:
+            texts = generation.documents(self.dense(), self.base.tokenizer, sampling)
+            self.release()
+            return texts
+
+        model = f"{self._checksum} {self.base.dtype}"
+        return str(generation.obtain(self.cache / "generated", model, sampling, made))
+
+    def guard(self) -> contamination.Watch | None:
+        """Return what keeps documents with report items out of a text, and counts them; None where all may be read."""
+        report = self.study.report
+        if report.contamination == "allow" or not report.tasks:
+            return None
+        if self._reported is None:
+            found = tasks.study_items(self.study, "report")
+            self._reported = contamination.Index.of(item for items in found.values() for item in items)
+        return contamination.Watch(index=self._reported, refuse=report.contamination == "refuse")
+
+    def _guard_key(self) -> tuple[object, ...]:
+        """Return what decides which documents are left out, known without reading the items."""
+        study = self.study
+        if study.report.contamination != "drop" or not study.report.tasks:
+            return ()
+        return (study.report.tasks, study.report.items, study.objective, study.seed)
+
     def sample_tokens(self, sample: CalibrationConfig, outline: Outline = WHOLE) -> torch.Tensor:
         """Return the tokens of a calibration sample (N × T)."""
-        tokenizer = self.outlined(outline).tokenizer
-        tokens: torch.Tensor = data.token_matrix(tokenizer, sample, self.study.data_root)
+        tokenizer, guard = self.outlined(outline).tokenizer, self.guard()
+        read = dataclasses.replace(sample, corpus=self.corpus(sample.corpus))
+        tokens: torch.Tensor = data.token_matrix(tokenizer, read, self.study.data_root, guard=guard)
+        self._dropped[sample, outline] = guard.dropped if guard is not None else 0
         return tokens
+
+    def sample_dropped(self, sample: CalibrationConfig, outline: Outline = WHOLE) -> int:
+        """Return how many documents a calibration sample passes over because a report item stands in them."""
+        if self.guard() is None:
+            return 0
+        if (sample, outline) not in self._dropped:  # its statistics were on disk
+            self.sample_tokens(sample, outline)
+        return self._dropped[sample, outline]
 
     def sample_key(self, sample: CalibrationConfig) -> str:
         """Return what identifies the dense model and a calibration sample, text and all."""
-        version = data.corpus_version(sample.corpus, self.study.data_root)
-        return fingerprint((self._checksum, str(self.base.dtype), self.study.data_root, version, sample))
+        version = corpora.corpus_version(sample.corpus, self.study.data_root)
+        guard = self._guard_key()
+        return fingerprint((self._checksum, str(self.base.dtype), self.study.data_root, version, sample, guard))
 
-    def token_use(self, corpora: tuple[str, ...], tokens: int) -> torch.Tensor:
+    def token_use(self, names: tuple[str, ...], tokens: int) -> torch.Tensor:
         """Return how often each token of the dense vocabulary occurs in the calibration parts of corpora (V, int64).
 
         Args:
-            corpora: their names.
+            names: of the corpora.
             tokens: how many of each are counted at most.
         """
         total = torch.zeros(self.base.shape.vocabulary, dtype=torch.long)
-        for corpus in corpora:
+        for corpus in names:
             if (corpus, tokens) not in self._use:
-                ids = data.first_tokens(self.base.tokenizer, corpus, tokens, self.study.data_root)
+                ids = data.first_tokens(self.base.tokenizer, self.corpus(corpus), tokens, self.study.data_root)
                 self._use[corpus, tokens] = vocabulary.counts(ids, len(total))
             total += self._use[corpus, tokens]
         return total
@@ -200,9 +249,9 @@ class Workbench:
     def _asked(
         self, outline: Outline, sample: CalibrationConfig, units: UnitsConfig, families: frozenset[str]
     ) -> _Asked:
-        version = data.corpus_version(sample.corpus, self.study.data_root)
+        version = corpora.corpus_version(sample.corpus, self.study.data_root)
         model = (self._checksum, str(self.base.dtype), outline)
-        content = (*model, units, self.study.data_root, version, _STATISTICS_VERSION)
+        content = (*model, units, self.study.data_root, version, _STATISTICS_VERSION, *self._guard_key())
         key = fingerprint((*content, dataclasses.replace(sample, samples=1)))
         return _Asked(key=key, sample=sample, families=families)
 
@@ -216,11 +265,13 @@ class Workbench:
             DataError: a corpus has too little text in that part.
         """
         if self._reference is None:
-            study, corpora = self.study, self.study.calibration_corpora
-            windows = divergence.num_windows(study.fidelity.divergence / len(corpora))
+            study, names = self.study, self.study.calibration_corpora
+            windows = divergence.num_windows(study.fidelity.divergence / len(names))
             samples = [
-                CalibrationConfig(corpus=corpus, samples=windows, length=divergence.WINDOW, draw=study.seed)
-                for corpus in corpora
+                CalibrationConfig(
+                    corpus=self.corpus(corpus), samples=windows, length=divergence.WINDOW, draw=study.seed
+                )
+                for corpus in names
             ]
             try:
                 found = [data.token_matrix(self.base.tokenizer, s, study.data_root, "search") for s in samples]
@@ -257,16 +308,45 @@ class Workbench:
             self._texts[corpus] = tokens[: report.perplexity_tokens].clone()
         return self._texts[corpus]
 
+    def recovery_text(
+        self,
+        part: Component,
+        calibration_corpus: str,
+        seed: int,
+        outline: Outline = WHOLE,
+        section: str = "recovery",
+    ) -> streams.TrainingText:
+        """Return what a component trains on, which is a `section` of a trial; empty for one that trains on nothing.
+
+        Raises:
+            TrialError: kind ``config``, the text cannot be had, or yields too little.
+        """
+        options = part.options
+        amount = getattr(options, "tokens", 0)
+        if not amount:
+            return streams.TrainingText(tokens=torch.zeros(0, dtype=torch.long))
+        guard = self.guard()
+        try:
+            mixed = Mix.of(options.corpus or calibration_corpus).mix
+            reading = streams.Reading(
+                text=Mix(mix=tuple(dataclasses.replace(each, corpus=self.corpus(each.corpus)) for each in mixed)),
+                tokens=amount,
+                length=getattr(options, "length", amount),
+                seed=seed,
+                packing=getattr(options, "packing", "stream"),
+                loss=getattr(options, "loss", "all"),
+            )
+            tokenizer = self.outlined(outline).tokenizer
+            text = streams.training_text(tokenizer, reading, self.study.data_root, guard)
+        except (ConfigError, DataError) as error:
+            raise TrialError("config", f"{section}.corpus: {error}", "recover") from error
+        return dataclasses.replace(text, dropped=guard.dropped if guard is not None else 0)
+
     def recovery_tokens(
         self, recovery: Component, calibration_corpus: str, seed: int, outline: Outline = WHOLE
     ) -> torch.Tensor:
-        """Return the training tokens of a recovery, one stream; empty for a recovery that trains on nothing."""
-        amount = getattr(recovery.options, "tokens", 0)
-        if not amount:
-            return torch.zeros(0, dtype=torch.long)
-        corpus = recovery.options.corpus or calibration_corpus
-        stream = data.token_stream(self.outlined(outline).tokenizer, corpus, amount, seed, self.study.data_root)
-        tokens: torch.Tensor = stream.tokens
+        """Return the tokens of `recovery_text` alone."""
+        tokens: torch.Tensor = self.recovery_text(recovery, calibration_corpus, seed, outline).tokens
         return tokens
 
     def release(self) -> None:

@@ -22,8 +22,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from adasearch import data
+from adasearch import data, streams
 from adasearch.config import StudyConfig, TrialConfig
+from adasearch.sections import Mix
 from adasearch.trial import Clock
 from benchmarks import harness
 from benchmarks.harness import Logliks, Places, quietly
@@ -231,9 +232,9 @@ def cut(model: Any, kept: Mapping[str, Tensor]) -> None:
 def recovery_rows(job: Job, tokenizer: Any) -> Tensor:
     """Return the sequences of the recovery in order (N × length)."""
     options = job.config.recovery.options
-    corpus = options.corpus or job.config.calibration.corpus
-    stream = data.token_stream(tokenizer, corpus, options.tokens, job.config.seed, job.study.data_root)
-    return as_rows(stream.tokens, options)
+    text = Mix.of(options.corpus or job.config.calibration.corpus)
+    reading = streams.Reading(text=text, tokens=options.tokens, length=options.length, seed=job.config.seed)
+    return as_rows(streams.training_text(tokenizer, reading, job.study.data_root).tokens, options)
 
 
 def as_rows(tokens: Tensor, options: Any) -> Tensor:

@@ -22,6 +22,7 @@ from adasearch.report_rungs import spearman
 from benchmarks.table import METRICS, Table, load_table, task_error, task_mean
 
 RESAMPLES, HALVES = 2_000, 200
+CHOICES, AMONG = 200, 40
 PAIRINGS = ("raw", "dense", "consensus")
 FEW = 8
 
@@ -175,6 +176,51 @@ def ranking_table(table: Table) -> Iterator[str]:
     yield f"Reliability of the report scores: {reliability}. Pairing on all items changes none of these orders."
 
 
+def chosen(table: Table, seed: int = 0) -> dict[tuple[str, str], np.ndarray]:
+    """Return which configurations searches would have chosen, by search metric and rule (`CHOICES` rows each).
+
+    Each time `AMONG` configurations are drawn without repetition, and search items of each task with repetition, the
+    same ones for all. ``score`` takes the best score, ``posterior`` the best mean of the search's model of the scores,
+    which knows their paired errors.
+    """
+    from adasearch.search.surrogate import Observations, posterior
+    from benchmarks.replayed import Replayed
+
+    problem, rng = Replayed(table), np.random.default_rng(seed)
+    features, of_task = np.array([problem.features(point) for point in table.points]), table.of_task["search"]
+    groups = [np.flatnonzero(of_task == task) for task in np.unique(of_task)]
+    found: dict[tuple[str, str], list[int]] = {(m, rule): [] for m in METRICS for rule in ("score", "posterior")}
+    for _ in range(CHOICES):
+        among = rng.choice(len(features), min(AMONG, len(features) // 2), replace=False)
+        items = np.concatenate([rng.choice(group, len(group)) for group in groups])
+        for metric in METRICS:
+            values = table.values["search"][metric][np.ix_(among, items)]
+            scores, errors = task_mean(values, of_task[items]), interaction_error(values, of_task[items])
+            data = Observations(points=features[among], scores=scores, variances=errors**2,
+                                pending=np.zeros((0, features.shape[1])), groups=problem.encoding.groups)  # fmt: skip
+            means, _ = posterior(data, features[among])
+            found[metric, "score"].append(int(among[scores.argmax()]))
+            found[metric, "posterior"].append(int(among[means.argmax()]))
+    return {key: np.array(rows) for key, rows in found.items()}
+
+
+def choice_table(table: Table) -> Iterator[str]:
+    """Yield the lines of the table of what a search would have got by each score and rule, on report items.
+
+    In deviations over all configurations above their mean; the interval is over the draws of configurations and search
+    items, and does not know how uncertain the report scores are.
+    """
+    targets = {metric: table.scores("report", metric) for metric in METRICS}
+    yield f"| chosen of {min(AMONG, len(table.points) // 2)} by | {' | '.join(f'report {m}' for m in METRICS)} |"
+    yield f"|---|{'---|' * len(METRICS)}"
+    for (metric, rule), rows in chosen(table).items():
+        cells = []
+        for target in targets.values():
+            z = ((target - target.mean()) / target.std())[rows]
+            cells.append(f"{z.mean():+.2f} ± {1.96 * z.std(ddof=1) / len(z) ** 0.5:.2f}")
+        yield f"| {metric}, {rule} | {' | '.join(cells)} |"
+
+
 def merits(table: Table, metric: str = "margin") -> Iterator[tuple[str, np.ndarray, float, float]]:
     """Yield the rungs: name, merit of each trial (N, higher is better), own seconds, seconds until it is known."""
     mean = {phase: float(seconds.mean()) for phase, seconds in table.seconds.items()}
@@ -217,7 +263,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = load_table(made.parse_args(argv).table)
     if len(table.points) < FEW:
         raise SystemExit(f"a spread needs {FEW} trials, the table has {len(table.points)}")
-    for part in (noise_table(table), noise_table(table, "report"), ranking_table(table), rung_table(table)):
+    for part in (noise_table(table), noise_table(table, "report"), ranking_table(table), choice_table(table),
+                 rung_table(table)):  # fmt: skip
         print("\n".join(part), end="\n\n")
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import importlib
 import itertools
 import json
@@ -28,13 +29,16 @@ from typing import Any
 import numpy as np
 import optuna
 
+from adasearch.records import Evidence
 from adasearch.search.sampler import RECIPE, STDERR, BoTorchSampler, derived_seed, distributions
 from adasearch.search.samplers import make_sampler
 from adasearch.sections import SamplerConfig
+from adasearch.winner import merits
 from benchmarks.optimizer_report import chart, tables
 from benchmarks.problems import FORMS, Problem, analytic
 from benchmarks.replayed import Replayed, table_of
 from benchmarks.simulation import Halving, Order, Policy, Replay, Setting, Told, chosen
+from benchmarks.table import lines_of
 
 PAIRED = "paired_stderr"
 QUICK = ("random", "tpe", "tpe+seeds", "tpe+seeds+halving")
@@ -43,6 +47,7 @@ SAMPLERS = (
     "botorch+seeds+gates",
 )  # fmt: skip
 OURS = frozenset({"botorch", "auto"})
+FINALISTS = 3  # trials that are made and scored again at the end
 STEP = 5  # trials between two looks at what the posterior mean would choose
 
 Row = dict[str, Any]
@@ -150,14 +155,15 @@ class OptunaBook:
         self._study.tell(number, value)
 
 
-def by_posterior(problem: Problem, told: Sequence[Told]) -> int | None:
-    """Return the index of the whole trial with the best posterior mean under our model of all that was told."""
-    from adasearch.search.sampler import paired_variances
+def believed(problem: Problem, told: Sequence[Told]) -> dict[int, Evidence]:
+    """Return what our model of all that was told says of the whole trials, by index; only scores where it fails."""
+    from adasearch.search.noise import paired_variances
     from adasearch.search.surrogate import Observations, posterior
 
     full = [index for index, trial in enumerate(told) if trial.full]
+    observed = {i: Evidence(score=told[i].value, stderr=told[i].stderr) for i in full}
     if len(full) < 2:
-        return chosen(told)
+        return observed
     points = np.array([problem.features(trial.params) for trial in told])
     data = Observations(
         points=points,
@@ -167,10 +173,36 @@ def by_posterior(problem: Problem, told: Sequence[Told]) -> int | None:
         groups=problem.encoding.groups,
     )
     try:
-        means, _ = posterior(data, points[full])
+        means, deviations = posterior(data, points[full])
     except ArithmeticError:
-        return chosen(told)
-    return full[int(means.argmax())]
+        return observed
+    found = zip(full, means, deviations, strict=True)
+    return {i: dataclasses.replace(observed[i], mean=float(mean), sd=float(sd)) for i, mean, sd in found}
+
+
+def merit(evidence: Evidence) -> float:
+    """Return the posterior mean, the score where there is none."""
+    return evidence.score if evidence.mean is None else evidence.mean
+
+
+def by_posterior(problem: Problem, told: Sequence[Told]) -> int | None:
+    """Return the index of the whole trial with the best posterior mean under our model of all that was told."""
+    known = believed(problem, told)
+    return max(known, key=lambda i: (merit(known[i]), -i)) if known else None
+
+
+def by_finalists(problem: Problem, told: Sequence[Told], seed: int) -> int | None:
+    """Return the index of the best of `FINALISTS` trials that are scored once more, as a search ends.
+
+    They are those of the best posterior mean; each is scored on as many fresh items, and `winner.merits` decides.
+    """
+    known = believed(problem, told)
+    distinct = {problem.point_key(told[i].params): i for i in sorted(known, key=lambda i: merit(known[i]))}
+    best = sorted(distinct.values(), key=lambda i: -merit(known[i]))[:FINALISTS]
+    if not best:
+        return None
+    items = [problem.evaluate(told[i].params, derived_seed(seed, 0, "select")).by_task for i in best]
+    return best[int(np.argmax(merits([known[i] for i in best], items)))]
 
 
 def curve(problem: Problem, told: Sequence[Told], choose: Callable[[Sequence[Told]], int | None],
@@ -213,6 +245,10 @@ def run(task: Task) -> Row:
     }
     if name in OURS:
         row["posterior"] = list(curve(problem, told, lambda told: by_posterior(problem, told), STEP))
+        if problem.fresh:
+            ends = curve(problem, told, lambda told: by_finalists(problem, told, task.seed), STEP)
+            more = FINALISTS * problem.seconds
+            row["finalists"] = [[n + FINALISTS, time, cost + more, value] for n, time, cost, value in ends]
     return row
 
 
@@ -224,12 +260,6 @@ def tasks(args: argparse.Namespace) -> Iterator[Task]:
     ):
         yield Task(problem=problem, sampler=sampler, workers=workers, order=order, seed=seed, trials=args.trials,
                    table=table)  # fmt: skip
-
-
-def rows_of(paths: Sequence[Path]) -> list[Row]:
-    """Return the recorded runs; a last line that a killed process left unfinished does not count."""
-    lines = [line for path in paths if path.exists() for line in path.read_text().splitlines(keepends=True)]
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _alone() -> None:
@@ -269,7 +299,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out", type=Path, nargs="+", required=True, help="runs, one line each; the first is written")
     made.add_argument("--report", type=Path, help="print the tables of what is recorded, draw this .svg; run nothing")
-    made.add_argument("--table", type=Path, help="recorded trials, adds the problem table_margin")
+    made.add_argument("--table", type=Path, help="recorded trials, adds the problem table_log_odds")
     made.add_argument("--problems", nargs="+", help=f"of {', '.join(FORMS)}, table_<metric> (default: all)")
     made.add_argument("--samplers", nargs="+", help=f"(default: {' '.join(SAMPLERS)})")
     made.add_argument("--workers", nargs="+", type=int, default=[4], help="(default: 4)")
@@ -285,16 +315,16 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     args.samplers = args.samplers or list(QUICK if args.quick else SAMPLERS)
-    everything = [*FORMS, *(["table_margin"] if args.table else [])]
+    everything = [*FORMS, *(["table_log_odds"] if args.table else [])]
     args.problems = args.problems or (["profile_5", "profile_12"] if args.quick else everything)
     if args.quick:
         args.seeds, args.trials = min(args.seeds, 5), min(args.trials, 40)
-    known = rows_of(args.out)
+    known = lines_of(*args.out)
     if not args.report:
         done = {Task(**{name: row.get(name) for name in Task.__dataclass_fields__}).key
                 for row in known if "unavailable" not in row}  # fmt: skip
         sweep([task for task in tasks(args) if task.key not in done], args.out[0], args.jobs)
-        known = rows_of(args.out)
+        known = lines_of(*args.out)
     for line in tables(known):
         print(line)
     if args.report:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from adasearch.racing import TaskValues
 from adasearch.report_rungs import spearman
 from adasearch.search.parameters import CategoricalParameter, Encoding, FloatParameter, IntParameter, Parameter
 from benchmarks.table import task_error, task_mean
@@ -73,6 +74,11 @@ class Outcome:
     of_task: np.ndarray
 
     @property
+    def by_task(self) -> TaskValues:
+        """Return the values of the items of each task."""
+        return {str(task): self.items[self.of_task == task] for task in np.unique(self.of_task)}
+
+    @property
     def seconds(self) -> float:
         """Return what the trial costs without extra rungs."""
         return sum(phase.seconds for phase in self.phases if not phase.extra)
@@ -92,6 +98,9 @@ class Problem:
         conditions: of a parameter that does not always count, the other one and the values of it under which it does.
         recipes: seed trials by name.
     """
+
+    fresh = True
+    """Whether another seed scores a point on items that tell something new of it."""
 
     def __init__(
         self,

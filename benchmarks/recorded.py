@@ -25,15 +25,13 @@ import numpy as np
 
 from adasearch.config import StudyConfig, TrialConfig, load_study, merged
 from adasearch.errors import TrialError
-from benchmarks.table import pack, save_table
+from benchmarks.table import METRICS, ROLES, lines_of, pack, save_table
 
 IMPORTANCE = ("wanda_sp", "flap", "act_norm", "taylor")
 GRAIN = ("element", "vector")
 COMPENSATION = ("none", "least_squares")
 TILT = (-1.0, -0.5, 0.0, 0.5)
 ATTENTION = (-1.5, -0.75, 0.0, 0.75)
-METRICS = ("margin", "acc_norm", "log_odds")
-ROLES = ("search", "report")
 MIDWAY = 1 / 3  # share of the recovery before the second look
 
 Line = dict[str, Any]
@@ -154,12 +152,6 @@ def _open(study: StudyConfig, run: Path) -> None:
 
 def _work(task: Any) -> Line:
     return _worker[0].line(task)
-
-
-def lines_of(path: Path) -> list[Line]:
-    """Return the recorded trials; a last line that a killed process left unfinished does not count."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def record(study: StudyConfig, path: Path, workers: int) -> None:

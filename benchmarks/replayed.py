@@ -32,6 +32,8 @@ class Replayed(Problem):
         held: metric of the held-out value, on report items.
     """
 
+    fresh = False
+
     def __init__(self, table: Table, metric: str = "margin", held: str | None = None) -> None:
         super().__init__(
             f"table_{metric}",

@@ -31,6 +31,7 @@ from adasearch.records import DENSE, read_records
 from adasearch.report_rungs import FEW_TRIALS, rung_rows, spearman
 from adasearch.search.seeds import find_seeds
 from adasearch.search.space import Space
+from benchmarks.table import lines_of
 
 METRICS = {"margin": "margin", "accuracy": "acc_norm"}
 UNRECOVERED, RECOVERED = (0.3, 1.0), (0.1, 0.3, 0.6, 1.0)
@@ -129,12 +130,6 @@ def _open(study: StudyConfig, run: Path, threads: int) -> None:
 
 def _work(task: tuple[str | None, dict[str, Any]]) -> Line:
     return _worker[0].line(task)
-
-
-def lines_of(path: Path) -> list[Line]:
-    """Return the recorded trials; a last line that a killed process left unfinished does not count."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def measure(study: StudyConfig, args: argparse.Namespace) -> None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from adasearch.search.noise import Consensus
 from adasearch.search.outcomes import lag
 from benchmarks.problems import Outcome, Phase, Problem
-from benchmarks.table import task_error
 
 Order = Literal["in_order", "finished"]
 FEW_PAIRS = 5
@@ -157,7 +157,7 @@ class Replay:
         self._events: list[tuple[float, int]] = []
         self._time = self._cost = 0.0
         self._told: dict[int, Told] = {}
-        self._items: list[np.ndarray] = []
+        self._consensus = Consensus()
 
     def run(self) -> list[Told]:
         """Return the trials as they were told."""
@@ -259,26 +259,20 @@ class Replay:
             mine, its = trial.progress, source.progress
             mine.merits, mine.reached, mine.score, mine.spent = its.merits, its.reached, its.score, its.spent
         value, stderr = source.value
-        paired = self._paired(source) if full else stderr
+        paired = self._paired(source.outcome) if full else stderr
         self._book.tell(number, value, stderr, paired)
         self._told[number] = Told(
             number=number, params=trial.progress.params, value=value, stderr=stderr, paired=paired, full=full,
             recipe=trial.progress.recipe, time=self._time, cost=self._cost, asking=trial.asking,
         )  # fmt: skip
         if full and trial is source:
-            self._items.append(trial.outcome.items)
+            self._consensus.add(trial.outcome.by_task)
         return True
 
-    def _paired(self, trial: _Trial) -> float:
-        """Return the standard error against the mean of the trials told so far, nan before there is one.
-
-        As `adasearch.search.noise.Consensus` has it.
-        """
-        count = len(self._items)
-        if not count:
-            return math.nan
-        error = float(task_error(trial.outcome.items - np.mean(self._items, axis=0), trial.outcome.of_task))
-        return error * math.sqrt(count / (count + 1))
+    def _paired(self, outcome: Outcome) -> float:
+        """Return the standard error against the mean of the trials told so far, nan before there is one."""
+        error = self._consensus.error(outcome.by_task)
+        return math.nan if error is None else error
 
 
 class Halving:
@@ -330,6 +324,3 @@ def chosen(told: Sequence[Told]) -> int | None:
     """Return the index of the best score of a whole trial, the earliest of equal ones; None where there is none."""
     full = [(trial.value, -index) for index, trial in enumerate(told) if trial.full]
     return -max(full)[1] if full else None
-
-
-Chooser = Callable[[Sequence[Told]], int | None]

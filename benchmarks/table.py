@@ -77,6 +77,13 @@ def task_error(values: np.ndarray, of_task: np.ndarray) -> np.ndarray:
     return np.sqrt(np.sum(parts, axis=0)) / len(names)
 
 
+def lines_of(*paths: Path) -> list[dict[str, Any]]:
+    """Return what files hold that are there, a line each; one that a killed process left unfinished does not count."""
+    whole = [path.read_text(encoding="utf-8") for path in paths if path.exists()]
+    lines = [line for text in whole for line in text.splitlines(keepends=True)]
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def _joined(by_task: Mapping[str, Sequence[float]]) -> list[float]:
     return [item for values in by_task.values() for item in values]
 
@@ -140,8 +147,6 @@ def _small(metric: str, values: np.ndarray) -> np.ndarray:
 def load_table(path: Path) -> Table:
     """Return the table that `save_table` wrote, or the one that a file of recorded lines (``.jsonl``) makes so far."""
     if path.suffix == ".jsonl":
-        from benchmarks.recorded import lines_of
-
         return pack(lines_of(path))
     with np.load(path, allow_pickle=False) as file:
         head = json.loads(file["head"].tobytes())

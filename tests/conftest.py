@@ -23,3 +23,23 @@ def tiny_checkpoint(tmp_path_factory):
     from tests.tiny import save_checkpoint
 
     return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-llama")
+
+
+FRESH = ("tests/tuning/test_export", "tests/contracts/test_export", "tests/test_real_model")
+"""Modules whose exports are opened in a fresh process, as a user's are; it takes seconds of imports each time."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def exports_are_opened_here():
+    """Open the exports of all other tests in this process, by the function that the fresh one calls."""
+    from adasearch.tuning.export import _verify
+
+    alone = _verify._open_fresh
+
+    def opened(folder, reference, device):
+        fresh = os.environ.get("PYTEST_CURRENT_TEST", "").startswith(FRESH)
+        return (alone if fresh else _verify.open_and_compare)(folder, reference, device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_verify, "_open_fresh", opened)
+        yield

@@ -11,6 +11,7 @@ import pytest
 from adasearch.report_rungs import spearman
 from adasearch.search.outcomes import lag
 from benchmarks import noise, optimizer, optimizer_report, recorded
+from benchmarks.optimizer_report import Curves, lead
 from benchmarks.problems import BUDGET, FORMS, MOST, Outcome, Phase, Problem, analytic, projected
 from benchmarks.replayed import Replayed
 from benchmarks.simulation import Halving, Progress, Replay, Setting, Stop, Told, chosen, predicted
@@ -394,6 +395,22 @@ def test_a_run_repeats_itself_but_for_its_seconds():
     assert one["values"][0] == problem.evaluate(first, 0).score
 
 
+def test_the_lead_is_paired_by_seed_and_group():
+    def made(seeds, ends):
+        flat = np.repeat(np.array(ends, dtype=float)[:, None], 3, axis=1)
+        return Curves(seeds=seeds, trials=flat, cost=flat, above=flat[:, 0], asking=np.array([]), stopped=0.0)
+
+    one = {"tpe": made((0, 1, 2), (0.1, 0.5, 0.9)), "x": made((2, 1, 0), (1.0, 0.6, 0.2)), "y": made((7,), (1.0,))}
+    other = {"tpe": made((0, 1, 2), (0.0, 0.0, 0.0)), "x": made((0, 1, 2), (0.3, 0.3, 0.3))}
+    assert lead([one], "tpe", "x") == pytest.approx((0.1, 0.1, 0.1))
+    assert lead([one, other], "tpe", "x") == pytest.approx((0.2, 0.2, 0.2))
+    assert lead([one], "tpe", "y") is None, "no seed is shared"
+    assert lead([one], "tpe", "tpe") is None
+    assert lead([other], "random", "x") is None
+    wide = {"tpe": made((0, 1), (0.0, 0.0)), "x": made((0, 1), (0.0, 1.0))}
+    assert lead([wide], "tpe", "x") == pytest.approx((0.5, 0.0, 1.0))
+
+
 def test_our_sampler_plays_and_chooses_by_posterior_mean_too():
     row = run(sampler="botorch+seeds", trials=9, workers=1)
     assert [place[0] for place in row["posterior"]] == [5, 9]
@@ -458,7 +475,8 @@ def test_the_report_holds_every_sampler_and_the_chart_draws_it():
     rows.append({**rows[0], "sampler": "gates", "unavailable": "gates: no module"})
     printed = list(optimizer_report.tables(rows))
     assert printed[0] == "left out: gates: no module"
-    (row,) = [line for line in printed[: len(printed) // 2] if line.startswith("| x | 0.50")]
+    row, other = [line for line in printed if line.startswith("| x | 0.50")]
+    assert row == other, "four workers are told the same here"
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[2] == "2.0 (2.0 to 2.0)", "tpe is at its 0.5 after 4 trials, x after 2"
     assert cells[4] == "2.0 (2.0 to 2.0)", "random is at 0.44 after 4 trials"

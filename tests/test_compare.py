@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adasearch import comparison, comparison_html, pictures
-from adasearch.checks import _check_perplexity, check_study
+from adasearch import comparison, comparison_html, pictures, text_checks
+from adasearch.checks import check_study
 from adasearch.cli import main
 from adasearch.config import load_study
 from adasearch.errors import ConfigError
@@ -311,6 +311,6 @@ def test_no_perplexity_of_text_that_models_are_tuned_on(tmp_path, tiny_checkpoin
         return load_study(path)
 
     with pytest.raises(ConfigError, match=r"'owner/texts::test' is read whole and trial.calibration.corpus reads it"):
-        _check_perplexity(study("test"))
-    _check_perplexity(study("train"))
-    _check_perplexity(study("test", allow_shared_splits=True))
+        text_checks._check_perplexity(study("test"))
+    text_checks._check_perplexity(study("train"))
+    text_checks._check_perplexity(study("test", allow_shared_splits=True))

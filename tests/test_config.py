@@ -65,7 +65,20 @@ def test_defaults_are_filled_in():
         ),
         ({"trial": {"recovry": {}}}, "s.yaml: trial.recovry: unknown key 'recovry'; did you mean 'recovery'"),
         ({"finalize": {"recovery": {"type": "ful"}}}, "s.yaml: finalize.recovery.type: unknown recovery 'ful'"),
-        ({"finalize": {"formats": ["onnx"]}}, "s.yaml: finalize.formats: unknown export format 'onnx'"),
+        ({"finalize": {"formats": ["onnx"]}}, "s.yaml: finalize.formats.type: unknown export format 'onnx'"),
+        ({"finalize": {"formats": "hf"}}, "s.yaml: finalize.formats: must be a list of formats, given 'hf'"),
+        (
+            {"finalize": {"formats": ["hf", {"type": "hf", "shard": "1GB"}]}},
+            "s.yaml: finalize.formats: hf stands twice",
+        ),
+        (
+            {"finalize": {"formats": [{"type": "gguf", "dtype": "q9"}]}},
+            "s.yaml: finalize.formats.dtype: input",
+        ),
+        (
+            {"finalize": {"formats": [{"type": "hf", "shard": "5"}]}},
+            "s.yaml: finalize.formats.shard: string",
+        ),
         ({"racing": {"rungs": [0.5, 3]}}, "s.yaml: racing.rungs.1: "),
         ({"racing": {"control": 1.5}}, "s.yaml: racing.control: "),
         ({"fidelity": {"divergance": 64}}, "s.yaml: fidelity.divergance: unknown key 'divergance'; did you mean 'div"),

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adasearch import data
+from adasearch import corpora, data, passages
 from adasearch.config import CalibrationConfig
 from adasearch.errors import ConfigError, DataError
 from tests import tiny
@@ -47,20 +47,20 @@ def check_parts(spec, root=None, least=40_000):
         assert size / sum(map(len, everything)) == pytest.approx(high - low, abs=0.15)
 
 
-@pytest.mark.parametrize("spec", data.EMBEDDED)
+@pytest.mark.parametrize("spec", passages.EMBEDDED)
 def test_embedded_text_is_there_balanced_and_disjoint(spec):
-    data.check_corpus(spec)
+    corpora.check_corpus(spec)
     check_parts(spec)
 
 
 def test_an_edit_of_one_section_moves_no_other_document(monkeypatch):
     import pydoc_data.topics
 
-    before = set(data._pydoc())
+    before = set(passages.pydoc())
     changed = dict(pydoc_data.topics.topics)
     changed["assert"] = changed["assert"].replace("debugging", "whatever")
     monkeypatch.setattr(pydoc_data.topics, "topics", changed)
-    assert len(before ^ set(data._pydoc())) == 2
+    assert len(before ^ set(passages.pydoc())) == 2
 
 
 @given(st.lists(st.text(min_size=1), max_size=30))
@@ -84,7 +84,7 @@ def test_unknown_corpora_are_refused_without_reading(tmp_path, monkeypatch, spec
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     root = repository(tmp_path, rows=["a"])
     with pytest.raises(ConfigError) as caught:
-        data.check_corpus(spec, root, "trial.calibration.corpus")
+        corpora.check_corpus(spec, root, "trial.calibration.corpus")
     assert caught.value.where == "trial.calibration.corpus"
     assert words in str(caught.value)
 
@@ -92,8 +92,8 @@ def test_unknown_corpora_are_refused_without_reading(tmp_path, monkeypatch, spec
 def test_known_corpora_pass_the_check(tmp_path):
     root = repository(tmp_path, rows=["a"])
     for spec in ("pydoc", "owner/texts", "owner/texts:default", "owner/texts::train"):
-        data.check_corpus(spec, root)
-    data.check_corpus("owner/name:config:split", None)
+        corpora.check_corpus(spec, root)
+    corpora.check_corpus("owner/name:config:split", None)
 
 
 def test_a_repository_is_read_from_the_mirror(tmp_path):
@@ -123,7 +123,7 @@ def test_long_documents_are_cut(tmp_path):
     root = repository(
         tmp_path, column="page", rows=["\n\n".join(paragraphs), "\n".join(paragraphs), " ".join(paragraphs)]
     )
-    corpus = data.parse_corpus("owner/texts", root)
+    corpus = corpora.parse_corpus("owner/texts", root)
     found = data._documents(corpus)
     assert len(found) > 10
     assert max(map(len, found[:-1])) < 12_000
@@ -184,13 +184,13 @@ def test_calibration_samples_are_nested(tmp_path_factory, few, more, length, dra
 def test_the_version_of_a_corpus_changes_with_its_files(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("one")
-    first = data.corpus_version(str(file))
-    assert data.corpus_version(str(file)) == first
+    first = corpora.corpus_version(str(file))
+    assert corpora.corpus_version(str(file)) == first
     file.write_text("two more")
-    data.corpus_version.cache_clear()
-    assert data.corpus_version(str(file)) != first
+    corpora.corpus_version.cache_clear()
+    assert corpora.corpus_version(str(file)) != first
     root = repository(tmp_path, rows=texts(3))
-    assert data.corpus_version("owner/texts", root) not in {first, data.corpus_version("pydoc")}
+    assert corpora.corpus_version("owner/texts", root) not in {first, corpora.corpus_version("pydoc")}
 
 
 def test_calibration_windows_lie_in_the_fit_part_and_differ(tmp_path):
@@ -208,18 +208,6 @@ def test_too_little_text_for_one_window_says_so(tmp_path):
     config = CalibrationConfig(corpus=str(tmp_path / "a.txt"), samples=1, length=4096)
     with pytest.raises(DataError, match="a window needs 4096"):
         data.token_matrix(TOKENIZER, config)
-
-
-def test_the_recovery_stream_goes_round_and_says_how_often(tmp_path):
-    root = repository(tmp_path, rows=texts(10, words=60))
-    once = sum(len(text) + 1 for text in data.documents("owner/texts", "fit", root))
-    stream = data.token_stream(TOKENIZER, "owner/texts", int(2.5 * once), 1, root)
-    assert stream.tokens.shape == (int(2.5 * once),)
-    assert 2.5 <= stream.epochs <= 3.0
-    assert int((stream.tokens == TOKENIZER.eos_token_id).sum()) >= 2
-    again = data.token_stream(TOKENIZER, "owner/texts", int(2.5 * once), 1, root)
-    assert torch.equal(stream.tokens, again.tokens)
-    assert not torch.equal(stream.tokens, data.token_stream(TOKENIZER, "owner/texts", int(2.5 * once), 2, root).tokens)
 
 
 def test_perplexity_reads_a_named_split_whole_and_else_the_report_part(tmp_path):
@@ -245,5 +233,5 @@ def test_perplexity_reads_a_named_split_whole_and_else_the_report_part(tmp_path)
 )
 def test_real_corpora_read_and_are_balanced(spec):
     root = sample.data_root()
-    data.check_corpus(spec, root)
+    corpora.check_corpus(spec, root)
     check_parts(spec, root)

@@ -7,7 +7,7 @@ from adasearch.config import TrialConfig, study_from_dict
 from adasearch.errors import TrialError
 from adasearch.pruning.projection import removal
 from adasearch.pruning.structure import Outline
-from adasearch.trial import Clock, _tuning_context, prune, run_trial
+from adasearch.trial import Clock, _training, prune, run_trial
 from adasearch.workbench import Workbench
 from tests.tiny import save_checkpoint
 
@@ -67,5 +67,5 @@ def test_a_finalist_is_cut_as_its_trial_was(bench, name):
 def test_a_teacher_of_other_tokens_is_refused(bench):
     config = trial(schedule=GATES)
     with pytest.raises(TrialError, match=r"schedule\.distill must be 0 where tokens go") as caught:
-        _tuning_context("schedule", config.schedule, config, bench, Outline(tokens=(0, 1)))
+        _training("schedule", config.schedule, config, bench, Outline(tokens=(0, 1)), Clock())
     assert (caught.value.kind, caught.value.phase) == ("config", "learn")

@@ -20,7 +20,7 @@ from adasearch.pruning.structure import Outline, count_outlined, sizes
 from adasearch.registry import EXPORT
 from adasearch.sections import BudgetConfig
 from adasearch.tuning import decoder
-from adasearch.tuning.export import ModelCard
+from adasearch.tuning.export import Goods, ModelCard
 from tests.tiny import FAMILIES, tiny_config, tiny_structure, tiny_tokenizer, tiny_weights
 
 LAYERS = 4
@@ -192,7 +192,9 @@ def test_an_export_opens_as_the_same_model(tmp_path, name, layout):
     plan = make_plan(structure, tiny_structure(small.config)[1], {}, {})
     model = surgery.cut(small.config, small.weights, structure, plan)
     card = ModelCard(model="tiny", study="s")
-    report = EXPORT.get("hf").function(model, small, structure, plan, tmp_path / "out", card)
+    goods = Goods(model=model, base=small, structure=structure, plan=plan, card=card)
+    entry = EXPORT.get("hf")
+    report = entry.function(goods, tmp_path / "out", entry.options())
     assert report.layout == layout
     assert report.verified.sound
     opened = loading.load(tmp_path / "out")

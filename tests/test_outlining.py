@@ -12,7 +12,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from adasearch import data, loading, outlining
-from adasearch.config import TrialConfig, study_from_dict
+from adasearch.config import TrialConfig, export_formats, study_from_dict
 from adasearch.errors import TrialError
 from adasearch.finalize import FinalTask, _perplexity, run_final
 from adasearch.pruning.structure import WHOLE, Outline, count_outlined
@@ -144,7 +144,12 @@ class TestTrial:
     def test_is_finished_exported_and_opens(self, bench, name):
         config = trial(**CASES[name])
         task = FinalTask(
-            name=name, trial=0, role="finalist", config=config.to_dict(), recovery=config.recovery, formats=("hf",)
+            name=name,
+            trial=0,
+            role="finalist",
+            config=config.to_dict(),
+            recovery=config.recovery,
+            formats=export_formats(["hf"], ""),
         )
         record = run_final(task, bench)
         assert record.export is not None

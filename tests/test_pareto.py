@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from adasearch.pareto import bargain, front, hypervolume, knee, normalised, reference_point, spread
+from adasearch.pareto import bargain, front, hypervolume, knee, normalised, spread
 
 GRID = st.integers(0, 4).map(float)
 
@@ -105,8 +105,3 @@ def test_a_bargain_is_the_cheapest_that_loses_no_more_than_allowed():
     close = bargain(scores, errors, costs, (0.4, 0.001), 0.0151)
     assert (close.index, close.sure) == (3, False)
     assert bargain(scores, errors, costs, (0.4, 0.001), 0.001) is None
-
-
-def test_the_reference_lies_below_every_point():
-    values = np.array([[1.0, 5.0], [3.0, 5.0]])
-    assert reference_point(values).tolist() == [0.8, 4.9]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 
 from adasearch import promotion
-from adasearch.promotion import Told, gates
+from adasearch.promotion import Gate, Told, gates
 from adasearch.racing import FidelityConfig
 
 VALUE, HALVING = FidelityConfig(stop="value"), FidelityConfig(stop="halving", eta=3.0)
@@ -56,9 +56,9 @@ class TestArithmetic:
             x = rng.normal(0, 1, 11)
             y = 0.2 + 0.1 * x + rng.normal(0, 0.05, 11)
             fit = promotion.fitted(x[:10], y[:10])
-            gate = promotion._gate("unrecovered", 0.0, dataclasses.replace(fit, lowest=-99.0), True)
+            gate = Gate(kind="unrecovered", least=0.0, fit=dataclasses.replace(fit, lowest=-99.0))
             mean, error = gate.predict(float(x[10]))
-            inside += abs(y[10] - mean) < stats.t.ppf(0.95, gate.freedom) * error
+            inside += abs(y[10] - mean) < stats.t.ppf(0.95, gate.fit.freedom) * error
         assert inside / 3000 == pytest.approx(0.9, abs=3 * math.sqrt(0.09 / 3000))
 
     @pytest.mark.parametrize(
@@ -124,8 +124,8 @@ class TestValue:
         told = history(np.random.default_rng(seed))
         best = max(t.score for t in told)
         for gate in gates(told, rules):
-            if gate.slope > 0:
-                x = gate.center + (best + ahead - gate.intercept) / gate.slope
+            if gate.fit.slope > 0:
+                x = gate.fit.center + (best + ahead - gate.fit.intercept) / gate.fit.slope
                 x = max(x, *(promotion.transformed(gate.kind, t.merits[gate.kind]) for t in told))
                 assert promotion.merit_of(gate.kind, x) >= gate.least
 
@@ -180,7 +180,7 @@ class TestValue:
         lowest = min(t.merits["divergence"] for t in told)
         assert gate.predict(100 * lowest) == gate.predict(lowest)
         assert gate.predict(lowest)[0] < gate.predict(gate.least)[0] < max(t.score for t in told)
-        assert gate.predict(lowest)[1] > gate.stderr
+        assert gate.predict(lowest)[1] > gate.fit.scale
 
 
 class TestHalving:

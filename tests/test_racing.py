@@ -14,7 +14,7 @@ from adasearch import racing
 from adasearch.config import TrialConfig, load_study
 from adasearch.data import documents
 from adasearch.errors import DataError
-from adasearch.promotion import Gate
+from adasearch.promotion import Fit, Gate
 from adasearch.racing import FidelityConfig, Race, RacingConfig, Rung
 from adasearch.records import read_items, read_record
 from adasearch.search.driver import Assignment
@@ -246,9 +246,9 @@ def test_without_racing_there_is_one_block(make_bench):
     assert [rung.share for rung in result.rungs] == [0.0, 0.0, 1.0]
 
 
-def gate(kind, least, **changes):
-    made = {"center": -1.0, "lowest": -9.0, "intercept": 0.3, "slope": 0.05, "slope_stderr": 0.01, "stderr": 0.02}
-    return Gate(kind=kind, least=least, freedom=9, **{**made, **changes})
+def gate(kind, least, center=-1.0, **changes):
+    fit = Fit(center=center, lowest=-9.0, intercept=0.3, slope=0.05, slope_stderr=0.01, scale=0.02, freedom=9)
+    return Gate(kind=kind, least=least, fit=fit, **changes)
 
 
 @pytest.mark.parametrize(("kind", "phases"), [("divergence", set()), ("midway", {"recover", "midway"})])

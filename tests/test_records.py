@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from adasearch import records
 from adasearch.config import TaskScore, TrialResult
 from adasearch.errors import StorageError
 from adasearch.racing import Rung
@@ -85,6 +88,29 @@ def test_finals_read_back(tmp_path):
     )
     write_final(tmp_path, final)
     assert read_finals(tmp_path) == [final]
+
+
+def without(key: str, data):
+    """Return plain data without `key` at any depth."""
+    if isinstance(data, dict):
+        return {name: without(key, item) for name, item in data.items() if name != key}
+    return [without(key, item) for item in data] if isinstance(data, list) else data
+
+
+def test_records_older_than_the_log_score_can_be_read(tmp_path):
+    new = dataclasses.replace(SCORE, log_score=-0.5, log_score_stderr=0.1)
+    write_record(tmp_path, record(result=dataclasses.replace(RESULT, tasks=(new,))))
+    path = trial_folder(tmp_path, 0, 1) / "result.json"
+    found = read_record(path.parent)
+    assert found is not None
+    assert found.result is not None
+    assert found.result.tasks == (new,)
+    body = json.loads(path.read_text())["body"]
+    old = without("log_score", without("log_score_stderr", body))
+    assert old != body
+    records._write_checked(path, old)
+    assert read_record(path.parent) == record()
+    assert SCORE.log_score is None
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_draft(tmp_path, monkeypatch):

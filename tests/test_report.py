@@ -47,7 +47,7 @@ def study(**changes: Any) -> StudyConfig:
         "model": ModelConfig(name="synthetic/model"),
         "space": SpaceConfig(name="inline", dimensions={}),
         "budget": BudgetConfig(remove=0.2),
-        "objective": ObjectiveConfig(search=TASKS),
+        "objective": ObjectiveConfig(search=TASKS, metric="margin"),
         "report": ReportConfig(tasks=TASKS, perplexity=("pydoc",)),
         "finalize": FinalizeConfig(recovery=Component(type="none", options=NoOptions())),
         "trial": {},
@@ -351,6 +351,33 @@ class TestPage:
         assert "The winner scored 0.460 in the search; all trials together say 0.440, 0.020 below" in text
         assert "0.460 ± 0.012 0.440 ± 0.008" in text
         assert f"0.430 {margin:.3f}" in text  # merit, then the margin on report items
+
+    def test_finalists_stand_by_the_metric_of_the_study(self, run: Path) -> None:
+        _, text = read(report.write(run, study()))
+        assert "select margin merit report margin" in text
+        assert "the margin on the select items" in text
+        table = text.split("Scores on report items")[1].split("Perplexity")[0]
+        assert "log_score" not in table  # these records are older than it is
+        for record in read_finals(run):
+            parts = {
+                role: tuple(
+                    dataclasses.replace(s, log_score=shift - s.margin, log_score_stderr=0.01)
+                    for s in getattr(record, role)
+                )
+                for role, shift in (("selected", 0.0), ("report", -1.0))
+            }
+            write_final(run, dataclasses.replace(record, **parts))
+        chosen = study(objective=ObjectiveConfig(search=TASKS, metric="log_score"))
+        found = report.gather(run, chosen)
+        assert [f.trial for f in report.gather(run, study()).finals] == [22, 23, 20]
+        assert [f.trial for f in found.finals] == [20, 23, 22]
+        _, text = read(report.write(run, chosen))
+        assert "select log_score merit report log_score" in text
+        assert "the log_score on the select items" in text
+        select, fresh = (np.mean([s.log_score for s in x]) for x in (found.finals[0].selected, found.finals[0].report))
+        assert f"{select:.3f} – {fresh:.3f}" in text
+        table = text.split("Scores on report items")[1].split("Perplexity")[0]
+        assert table.count("log_score") == len(TASKS)
 
     def test_how_the_search_ended(self, run: Path) -> None:
         _, text = read(report.write(run, study()))

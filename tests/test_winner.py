@@ -1,17 +1,24 @@
 """Which finalist is the best: the formula by hand, its limits, and what it is worth."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adasearch import finalize
 from adasearch.config import Component, FinalizeConfig, TrialResult
 from adasearch.errors import NoTrialError
 from adasearch.finalize import finalists, judge
+from adasearch.pruning.structure import WHOLE
 from adasearch.records import DENSE, Evidence, FinalRecord, Record, ranked_finals, read_finals, write_final, write_items
 from adasearch.registry import NoOptions
+from adasearch.sections import ObjectiveConfig
+from adasearch.trial import Clock
+from adasearch.tuning.evaluation import item_values
+from adasearch.tuning.items import Item
 from adasearch.winner import SELECT, merits
 
 
@@ -153,20 +160,59 @@ def test_finalists_are_judged_from_their_records(tmp_path):
     final(tmp_path, 1, "finalist", [0.9, 0.1, 0.3])
     final(tmp_path, 2, "recipe", [0.0, 0.0, 0.1])
     pieces = {n: known(m, 0.05) for n, m in enumerate([0.9, 0.5, 0.4])}
-    judge(tmp_path, "margin", pieces)
+    judge(tmp_path, pieces)
     found = read_finals(tmp_path)
     items = items_of([1.0, 0.0, 0.2], [0.9, 0.1, 0.3], [0.0, 0.0, 0.1])
     assert [r.merit for r in found] == pytest.approx(merits([pieces[n] for n in range(3)], items))
     assert [r.search for r in found] == [pieces[n] for n in range(3)]
-    assert [r.trial for r in ranked_finals(found)] == [0, 1, 2]  # by select alone it is 1, 0, 2
-    judge(tmp_path, "acc", pieces)
-    assert [r.trial for r in ranked_finals(read_finals(tmp_path))] == [1, 0, 2]
+    assert [r.trial for r in ranked_finals(found, "margin")] == [0, 1, 2]  # by select alone it is 1, 0, 2
+    judge(tmp_path, {n: Evidence(score=0.5, stderr=0.1) for n in range(3)})
+    assert [r.trial for r in ranked_finals(read_finals(tmp_path), "margin")] == [1, 0, 2]
+
+
+ITEMS = tuple(
+    Item(task="t/x", id=str(i), contexts=("c",), choices=(" a", " bc"), gold=0, lengths=(1, 2)) for i in range(4)
+)
+MODELS = {
+    "bold": [[0.0, -18.0]] * 3 + [[-18.0, 0.0]],  # right and sure of it three times, once as sure and wrong
+    "shy": [[-1.0, -3.0]] * 3 + [[-1.0, -1.9]],  # never sure; wrong once, and per character alone
+    "lucky": [[-1.0, -2.2]] * 4,  # right by a little, and per character always
+}
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"), [("margin", "bold"), ("log_score", "shy"), ("acc", "shy"), ("acc_norm", "lucky")]
+)
+def test_finalists_are_compared_by_the_metric_of_the_study(tmp_path, monkeypatch, metric, expected):
+    """From log-likelihoods to ranks, with merits and without."""
+    tasks = {"t/x": SimpleNamespace(items=ITEMS, encoded=())}
+    study = SimpleNamespace(objective=ObjectiveConfig(search=("t/x",), metric=metric))
+    bench = SimpleNamespace(study=study, items=lambda _role, _outline: tasks)
+    for number, (name, logliks) in enumerate(MODELS.items()):
+        logliks = [np.array(x) for x in logliks]
+        monkeypatch.setattr(finalize, "score_blocks", lambda _model, _blocks, found=logliks: {"t/x": found})
+        scores, items = finalize._score(
+            None, finalize.FinalTask(name=name, trial=0, role="finalist"), bench, Clock(), WHOLE
+        )
+        values = item_values(ITEMS, logliks, metric)
+        assert items[f"t/x{SELECT}"].tolist() == items["t/x"].tolist() == values.tolist()
+        assert items["t/x#acc"].tolist() == item_values(ITEMS, logliks, "acc_norm").tolist()
+        final(tmp_path, number, "finalist", [])
+        (record,) = (r for r in read_finals(tmp_path) if r.trial == number)
+        write_final(tmp_path, dataclasses.replace(record, selected=scores["select"]))
+        write_items(tmp_path / "final" / record.name, items)
+    plain = ranked_finals(read_finals(tmp_path), metric)
+    judge(tmp_path, {})
+    judged = ranked_finals(read_finals(tmp_path), metric)
+    assert [r.trial for r in judged] == [r.trial for r in plain]
+    assert list(MODELS)[judged[0].trial] == expected
+    assert [r.merit for r in judged] == pytest.approx([r.selected[0].of(metric)[0] for r in judged])
 
 
 def test_finals_without_select_items_are_left_as_they_are(tmp_path):
     final(tmp_path, 0, "finalist", [1.0, 0.0])
     write_items(tmp_path / "final" / "trial0", {"t/x#acc": np.ones(3)})
-    judge(tmp_path, "margin", {})
+    judge(tmp_path, {})
     assert read_finals(tmp_path)[0].merit is None
     first, second = (dataclasses.replace(read_finals(tmp_path)[0], trial=n, merit=m) for n, m in ((0, 0.1), (1, 0.3)))
-    assert [r.trial for r in ranked_finals([first, second])] == [1, 0]
+    assert [r.trial for r in ranked_finals([first, second], "margin")] == [1, 0]

@@ -17,11 +17,12 @@ import pydantic
 from torch import Tensor, nn
 
 from adasearch.documents import Count, NonNegative, Positive, Share, value
+from adasearch.sections import TextOptions
 
 
 @value
-class LearningOptions:
-    """Settings of every schedule that learns.
+class LearningOptions(TextOptions):
+    """Settings of every schedule that learns, beside those of the text.
 
     Args:
         tokens: tokens to train on.
@@ -31,7 +32,6 @@ class LearningOptions:
         warmup: share of the steps with a rising rate.
         grad_clip: greatest gradient norm.
         distill: weight of KL(dense || gated) beside the next-token loss; costs one dense forward per step.
-        corpus: text to train on; None takes the corpus of the calibration.
         prior: how much the criterion's scores count at the start; 0 begins without any, and equal scores are then told
             apart by the order of the units.
     """
@@ -43,7 +43,6 @@ class LearningOptions:
     warmup: Share = 0.1
     grad_clip: Positive = 1.0
     distill: NonNegative = 0.0
-    corpus: str | None = None
     prior: NonNegative = 0.5
 
 
@@ -67,6 +66,7 @@ class RampOptions(LearningOptions):
 
     def __post_init__(self) -> None:
         """Refuse a ramp without a length."""
+        TextOptions.__post_init__(self)
         if self.begin >= self.end:
             raise ValueError(f"begin must be below end, {self.end:g}")
 
@@ -105,6 +105,8 @@ class Learner(abc.ABC):
     @abc.abstractmethod
     def gates(self, done: float) -> Mapping[str, Tensor]:
         """Return the factors of units (U, float32) by name of their group in the next forward; others count whole.
+
+        It is asked once for every step, and once at the end, for the factors that become part of the weights.
 
         Args:
             done: share of the steps that are made.

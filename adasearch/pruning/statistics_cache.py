@@ -19,7 +19,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -82,7 +82,7 @@ class Cache:
         if missing:
             with contextlib.ExitStack() as stack:
                 for need in sorted(missing):  # in one order everywhere, so that no two processes wait for each other
-                    stack.enter_context(self._locked(key, sequences, need))
+                    stack.enter_context(locked(self._place(key, sequences, need).with_suffix(".lock")))
                 found |= self._stored(key, sequences, missing)
                 missing = needs - set(found)
                 found |= self._compute(key, sequences, missing, origin) if missing else {}
@@ -133,37 +133,40 @@ class Cache:
         try:
             for family, part in parts.items():
                 _write(part, self._place(key, sequences, family))
-            _shrink(self.folder, self.max_bytes)
+            shrink(self.folder, self.max_bytes, _rank)
         except (OSError, SafetensorError) as error:
             raise StorageError(f"the cache folder {self.folder} must be writable: {error}") from error
         return self._stored(key, sequences, needs)
 
-    @contextlib.contextmanager
-    def _locked(self, key: str, sequences: int, family: str) -> Iterator[None]:
-        """Hold the lock of one file for a while; the system lets go of it when the process dies.
 
-        Where the file system has no locks, or the holder is stuck, the work may be done twice, which harms nobody.
-        """
-        path = self._place(key, sequences, family).with_suffix(".lock")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = path.open("a")
-        except OSError as error:
-            raise StorageError(f"the cache folder {self.folder} must be writable: {error}") from error
-        with file:
-            deadline = time.monotonic() + _PATIENCE
-            while time.monotonic() < deadline:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    time.sleep(_POLL)
-                    continue
-                except OSError:
-                    pass
-                break
-            with contextlib.suppress(OSError):
-                os.utime(path)
-            yield
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, made with its folder, for a while; the system lets go of it when the process dies.
+
+    Where the file system has no locks, or the holder is stuck, the work may be done twice, which harms nobody.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise StorageError(f"the cache folder {path.parent} must be writable: {error}") from error
+    with file:
+        deadline = time.monotonic() + _PATIENCE
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_POLL)
+                continue
+            except OSError:
+                pass
+            break
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        yield
 
 
 def _size(part: Statistics) -> int:
@@ -206,18 +209,28 @@ def _write(part: Statistics, path: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _shrink(folder: Path, max_bytes: int) -> None:
-    """Delete what killed processes left behind, then sums, then the files used longest ago, until the rest fits."""
+def _rank(name: str) -> bool | None:
+    """Return whether a file of statistics is kept longer than others, None for files of another kind."""
+    family = next((family for family in FAMILIES if name.endswith(f".{family}.safetensors")), None)
+    return None if family is None else family not in LARGE
+
+
+def shrink(folder: Path, max_bytes: int, rank: Callable[[str], bool | None]) -> None:
+    """Delete what killed processes left behind, then the files used longest ago, until the rest fits.
+
+    Args:
+        folder: of a cache.
+        max_bytes: that its files may take.
+        rank: whether a file of this name goes after the others; None for names that are not to be touched.
+    """
     files: list[tuple[bool, float, int, Path]] = []
-    kinds = {family: f".{family}.safetensors" for family in FAMILIES}
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another process shrinks the folder too
-            state = path.stat()
-            family = next((f for f, ending in kinds.items() if path.name.endswith(ending)), None)
+            state, late = path.stat(), rank(path.name)
             if path.suffix in {".part", ".lock"} and time.time() - state.st_mtime > _ABANDONED_SECONDS:
                 path.unlink()  # whoever holds such a lock for so long may see its work done twice
-            elif family is not None:
-                files.append((family not in LARGE, state.st_atime, state.st_size, path))
+            elif late is not None:
+                files.append((late, state.st_atime, state.st_size, path))
     total = sum(size for *_, size, _ in files)
     for *_, size, path in sorted(files):
         if total <= max_bytes:

@@ -123,7 +123,7 @@ def evidence(
         )
         for (r, result), params in zip(found, points, strict=True)
         # a score that was taken from an equal trial is no second observation
-        if params is not None and "same_trial_as" not in result.notes
+        if params is not None and not result.twin
     ]
     known = [params for params in points if params is not None]
     if len(known) < len(found):

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from adasearch.config import StudyConfig
 from adasearch.promotion import ORDER, Gate, Told, gates
 from adasearch.records import DENSE, Record
-from adasearch.search.outcomes import TWIN
 
 
 def told_of(record: Record) -> Told | None:
     """Return what a trial adds to the history of rungs; None where it failed, or took the result of an equal one."""
     result = record.result
-    if result is None or TWIN in result.notes:
+    if result is None or result.twin:
         return None
     rungs = {kind: rung for rung in result.rungs for kind in ORDER if rung.kind == kind}
     seconds = sum(result.seconds.values())

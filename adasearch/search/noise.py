@@ -49,6 +49,39 @@ class Consensus:
         return paired_gap(values, mean)[1] * math.sqrt(self._count / (self._count + (-1 if counted else 1)))
 
 
+def excess(variances: np.ndarray) -> np.ndarray:
+    """Return by how much each of N noise variances is above the least.
+
+    All trials of a search are scored on the same items: what is common to their noise moves no comparison.
+    """
+    return np.asarray(variances - variances.min())
+
+
+def paired_variances(errors: np.ndarray) -> np.ndarray:
+    """Return the squares of paired standard errors (N).
+
+    A trial that has none, nan, takes the median: the first one told has no other to be paired with.
+    """
+    known = np.isfinite(errors)
+    filled: np.ndarray = np.where(known, errors, np.median(errors[known]) if known.any() else 0.0)
+    return np.asarray(filled * filled)
+
+
+def score_variances(paired: np.ndarray, plain: np.ndarray) -> np.ndarray:
+    """Return the noise variances of N scores: what moves one against the others.
+
+    Those of `paired_variances` if any trial has a paired standard error. Else most of a plain standard error is common
+    to all, and its `excess` counts.
+
+    Args:
+        paired: N paired standard errors, nan where there is none.
+        plain: N plain ones, nan where there is none, which counts as 0.
+    """
+    if np.isfinite(paired).any():
+        return paired_variances(paired)
+    return excess(np.square(np.nan_to_num(plain, nan=0.0)))
+
+
 def paired_errors(full: Mapping[int, TaskValues], stopped: Mapping[int, TaskValues]) -> dict[int, float]:
     """Return the paired standard errors of trials by number, of those that have one.
 

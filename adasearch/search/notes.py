@@ -20,7 +20,7 @@ def _cell(score: float | None, stderr: float | None) -> str:
 
 def _task_rows(tasks: tuple[TaskScore, ...], dense: TrialResult | None) -> list[str]:
     known = {task.task: task for task in dense.tasks} if dense else {}
-    rows = ["| task | items | acc | acc_norm | margin | acc, dense |", "|---|---|---|---|---|---|"]
+    rows = ["| task | items | acc | acc_norm | margin | log_score | acc, dense |", "|---|---|---|---|---|---|---|"]
     for task in tasks:
         other = known.get(task.task)
         cells = (
@@ -29,6 +29,7 @@ def _task_rows(tasks: tuple[TaskScore, ...], dense: TrialResult | None) -> list[
             _cell(task.acc, task.acc_stderr),
             _cell(task.acc_norm, task.acc_norm_stderr),
             _cell(task.margin, task.margin_stderr),
+            _cell(task.log_score, task.log_score_stderr),
             _cell(other.acc, other.acc_stderr) if other else "",
         )
         rows.append(f"| {' | '.join(cells)} |")
@@ -104,6 +105,6 @@ def study_note(config: StudyConfig, dense: TrialResult | None, best: Record | No
         "",
         "The best of many noisy scores is too high; the report has scores on items that the search never saw.",
         "",
-        "Export a trial: `adasearch export RUN --trial N --format hf`",
+        "Make a trial again and compare: `adasearch replay RUN --trial N`",
     ]
     return "\n".join(lines)

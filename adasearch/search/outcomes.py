@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from adasearch.config import StudyConfig, TrialConfig
+from adasearch.config import TWIN, StudyConfig, TrialConfig
 from adasearch.documents import parse, value
 from adasearch.errors import ConfigError
 from adasearch.records import (
@@ -33,8 +33,6 @@ from adasearch.search.stopping import Ended, summary
 WINDOW, LEAST_WINDOW = 10, 5
 CLOCK_SECONDS = 10.0
 RETRIED = frozenset({"memory", "timeout", "worker_lost"})
-TWIN = "same_trial_as"
-"""Note of a trial that took the result of an earlier one, with its number."""
 
 
 @value

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from adasearch.config import StudyConfig
 from adasearch.search.earlier import Earlier, gather, point_of, scored_trials
+from adasearch.search.noise import excess
 from adasearch.search.shifted import Expected
 from adasearch.search.space import Space
 from adasearch.search.stacking import DEFAULT_WEIGHT, MIN_TOLD, Belief, believed
@@ -39,9 +40,7 @@ def source_mean(points: np.ndarray, scores: np.ndarray, variances: np.ndarray) -
         scores: n, higher is better.
         variances: n squared standard errors.
     """
-    # all trials of a search are scored on the same items: what is common to their noise moves no comparison
-    noise = variances - variances.min()
-    model = fit(Observations(points=points, scores=scores, variances=noise, pending=np.empty((0, 0))))
+    model = fit(Observations(points=points, scores=scores, variances=excess(variances), pending=np.empty((0, 0))))
     model.requires_grad_(requires_grad=False)
     model.train()
     x = model.train_inputs[0]

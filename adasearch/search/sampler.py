@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import math
 import secrets
 from abc import abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,13 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
 
+from adasearch.search.noise import score_variances
 from adasearch.search.parameters import CategoricalParameter, Encoding, FloatParameter, IntParameter, Parameter
-from adasearch.search.space import Space
+from adasearch.search.space import MANY_PARAMETERS, Space
 
 if TYPE_CHECKING:
     from adasearch.search.prior import Prior
+    from adasearch.search.ranking import Candidates, Proposal
 
 _LOG = logging.getLogger(__name__)
 
@@ -31,7 +34,6 @@ NUM_RANDOM = 256
 NUM_PARENTS = 8
 NUM_CHILDREN = 32
 NUM_PERTURBED = 20
-MANY_PARAMETERS = 24
 TRIES = 64
 STDERR, NOISE, RECIPE = "stderr", "paired_stderr", "recipe"
 
@@ -74,6 +76,33 @@ class View:
     encoding: Encoding
     active: Callable[[dict[str, Any]], Collection[str]]
     key: Callable[[dict[str, Any]], str]
+
+    def features(self, points: Sequence[dict[str, Any]]) -> np.ndarray:
+        """Return the features (N×d) of N points."""
+        return np.array([self.encoding.features(params, self.active(params)) for params in points])
+
+    def moved(self, params: dict[str, Any], row: np.ndarray) -> dict[str, Any]:
+        """Return the point nearest to features (d) that differs from another in its free columns only."""
+        return self.encoding.moved(params, self.active(params), row)
+
+    def candidates(self, points: Sequence[dict[str, Any]], reach: float = 1.0) -> Candidates:
+        """Return points as `ranking.ranked` takes them, which may be moved by at most `reach`."""
+        from adasearch.search.ranking import Candidates
+
+        free = np.array([self.encoding.free(self.active(params)) for params in points])
+
+        def snap(index: int, row: np.ndarray) -> np.ndarray:
+            return self.features([self.moved(points[index], row)])[0]  # type: ignore[no-any-return]
+
+        return Candidates(points=self.features(points), free=free, snap=snap, reach=reach)
+
+    def first_new(
+        self, points: Sequence[dict[str, Any]], ranked: Sequence[Proposal], known: Collection[str]
+    ) -> dict[str, Any]:
+        """Return the best proposal that is none of the `known` points, the best of all where there is none."""
+        found = (self.moved(points[proposal.index], proposal.features) for proposal in ranked)
+        best = next(found)
+        return next((params for params in itertools.chain([best], found) if self.key(params) not in known), best)
 
 
 def _view(space: Space | None, search_space: dict[str, BaseDistribution]) -> View:
@@ -158,7 +187,7 @@ class SpaceSampler(BaseSampler):
 
 
 class BoTorchSampler(SpaceSampler):
-    """Proposes by noisy expected improvement over a Gaussian process; see `adasearch.search.surrogate`.
+    """Proposes by the upper confidence bound of a Gaussian process; see `adasearch.search.surrogate`.
 
     With several directions by noisy expected hypervolume improvement, see `adasearch.search.several`; the standard
     error of another value than the first is the user attribute ``stderr <metric name>``.
@@ -193,20 +222,13 @@ class BoTorchSampler(SpaceSampler):
         from adasearch.search import surrogate
 
         scored, (number, sign) = past.scored, past.turn
-
-        def features(params: dict[str, Any]) -> np.ndarray:
-            return view.encoding.features(params, view.active(params))
-
-        def moved(index: int, row: np.ndarray) -> dict[str, Any]:
-            return view.encoding.moved(candidates[index], view.active(candidates[index]), row)
-
-        points = np.array([features(t.params) for t in scored])
+        points = view.features([t.params for t in scored])
         scores, variances = np.array([sign * value_of(t) for t in scored]), _variances(scored)
         data = surrogate.Observations(
             points=points,
             scores=scores,
             variances=variances,
-            pending=np.array([features(t.params) for t in past.pending]),
+            pending=view.features([t.params for t in past.pending]),
             groups=view.encoding.groups,
             expected=self._prior.fit(points, scores, variances) if self._prior else None,
         )
@@ -216,38 +238,30 @@ class BoTorchSampler(SpaceSampler):
         order = np.argsort(-surrogate.means(model, data.points), kind="stable")[:NUM_PARENTS]
         region = region_length(data.scores, len(view.encoding.parameters))
         candidates = _candidates(view, [scored[i].params for i in order], past.known, seed, region)
-        free = np.array([view.encoding.free(view.active(params)) for params in candidates])
-        rows = np.array([features(params) for params in candidates])
-
-        def snapped(index: int, row: np.ndarray) -> np.ndarray:
-            return features(moved(index, row))
-
-        where = surrogate.Candidates(points=rows, free=free, snap=snapped, reach=region / 2)
-        ranked = surrogate.propose(data, where, seed, len(rows), model)
-        for proposal in ranked:
-            params = moved(proposal.index, proposal.features)
-            if view.key(params) not in past.known:
-                return params
-        return moved(ranked[0].index, ranked[0].features)
+        where = view.candidates(candidates, region / 2)
+        return view.first_new(candidates, surrogate.propose(data, where, seed, len(candidates), model), past.known)
 
     def _of_several(self, view: View, study: Study, past: Past) -> dict[str, Any]:
         """Return the next point of a study with several directions, or limits; a trial's values are told at once."""
-        from adasearch.search.several import Told, next_point
+        from adasearch.search import several
 
         scored, (number, _) = past.scored, past.turn
         signs = np.array([-1.0 if way == StudyDirection.MINIMIZE else 1.0 for way in study.directions])
         names = sorted({name for trial in scored for name in trial.constraints})
-        told = Told(
-            points=tuple(t.params for t in scored),
+        data = several.Results(
+            points=view.features([t.params for t in scored]),
             objectives=np.array([t.values for t in scored]) * signs,
             variances=np.column_stack([_variances(scored), _cost_variances(scored, study)]),
             # a trial of another study may lack a constraint: that it keeps it is not known
             constraints=np.array([[t.constraints.get(name, 1.0) for name in names] for t in scored]),
-            pending=tuple(t.params for t in past.pending),
-            known=frozenset(past.known),
+            pending=view.features([t.params for t in past.pending]),
+            groups=view.encoding.groups,
         )
         seed = derived_seed(self._seed, number, "candidates")
-        return next_point(view, told, lambda parents: _candidates(view, parents, past.known, seed, 2.0), seed)
+        parents = [scored[i].params for i in several.parents(data, NUM_PARENTS)]
+        candidates = _candidates(view, parents, past.known, seed, 2.0)
+        where = view.candidates(candidates)
+        return view.first_new(candidates, several.propose_several(data, where, seed, len(candidates)), past.known)
 
     def _fallen_back(self, study: Study, trial: FrozenTrial) -> dict[str, Any]:
         seed = derived_seed(self._seed, trial.number, "tpe")
@@ -342,27 +356,9 @@ def value_of(trial: FrozenTrial) -> float:
 
 
 def _variances(scored: list[FrozenTrial]) -> np.ndarray:
-    """Return the noise variances of scores: what moves one against the others.
-
-    Those of `paired_variances` if any trial has a paired standard error. Else most of a plain standard error is common
-    to all, as all are scored on the same items, and what a trial's variance exceeds the least one by counts.
-    """
-    paired = np.array([_positive(t.user_attrs.get(NOISE)) for t in scored])
-    if np.isfinite(paired).any():
-        return paired_variances(paired)
-    plain = np.nan_to_num(np.array([_positive(t.user_attrs.get(STDERR)) for t in scored]), nan=0.0)
-    variances = np.square(plain)
-    return np.asarray(variances - variances.min())
-
-
-def paired_variances(errors: np.ndarray) -> np.ndarray:
-    """Return the squares of paired standard errors (N).
-
-    A trial that has none, nan, takes the median: the first one told has no other to be paired with.
-    """
-    known = np.isfinite(errors)
-    filled: np.ndarray = np.where(known, errors, np.median(errors[known]) if known.any() else 0.0)
-    return np.asarray(filled * filled)
+    """Return the noise variances of scores, see `score_variances`."""
+    paired, plain = (np.array([_positive(t.user_attrs.get(name)) for t in scored]) for name in (NOISE, STDERR))
+    return score_variances(paired, plain)
 
 
 def _positive(error: Any) -> float:

@@ -36,8 +36,8 @@ from adasearch.sections import OwnBudget
 _SECTIONS: dict[str, type] = {"calibration": CalibrationConfig, "units": UnitsConfig, "budget": OwnBudget}
 MANY_POINTS = 4096
 """Points up to which a space is counted exactly."""
-MANY_COLUMNS = 24
-"""Feature columns above which the surrogate needs more trials than such searches have; `adasearch validate` says so."""
+MANY_PARAMETERS = 24
+"""Parameters above which a model of few trials knows nothing far from them, so that a search stays near its best."""
 
 
 class _NotExpressibleError(Exception):

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from adasearch.documents import value
+from adasearch.search.gaussian import matern
+from adasearch.search.noise import excess
 
 MIN_TOLD = 5
 """Trials before which nothing is learned of the sources and `DEFAULT_WEIGHT` is shared among them."""
@@ -74,8 +76,8 @@ def kernels(points: np.ndarray, noise: np.ndarray, settings: Sequence[Setting] =
     n, d = points.shape
     lengths, signals, nuggets = (np.array(column)[:, None, None] for column in zip(*settings, strict=True))
     squared = ((points[:, None, :] - points[None, :, :]) ** 2).sum(-1) / d
-    r = np.sqrt(5.0 * squared) / lengths
-    return np.asarray(signals * (1.0 + r + r * r / 3.0) * np.exp(-r) + (nuggets + noise) * np.eye(n))
+    unit, _ = matern(squared / lengths**2)
+    return np.asarray(signals * unit + (nuggets + noise) * np.eye(n))
 
 
 def left_out(covariances: np.ndarray, trend: np.ndarray, scores: np.ndarray) -> LeftOut:
@@ -135,7 +137,7 @@ def believed(predictions: np.ndarray, points: np.ndarray, scores: np.ndarray, va
     if spread <= 0:
         return Belief(weights=weights, slopes=slopes)
     standard = (scores - scores.mean()) / spread
-    covariances = kernels(points, np.maximum(variances - variances.min(), 0.0) / spread**2)
+    covariances = kernels(points, excess(variances) / spread**2)
     level = np.ones((len(scores), 1))
     alone = left_out(covariances, level, standard).density
     kept, densities = [], [alone]

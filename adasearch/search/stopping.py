@@ -34,7 +34,7 @@ class Ended:
 
 def spent(records: Sequence[Record]) -> float:
     """Return the seconds of all trials that ran to a score; one that took its result from another has cost nothing."""
-    results = [r.result for r in records if r.result is not None and "same_trial_as" not in r.result.notes]
+    results = [r.result for r in records if r.result is not None and not r.result.twin]
     return sum(sum(result.seconds.values()) for result in results)
 
 

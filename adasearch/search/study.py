@@ -29,6 +29,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from adasearch.config import SEARCHED, StudyConfig, TrialResult
 from adasearch.documents import plain, read_yaml
 from adasearch.errors import ConfigError, StorageError
+from adasearch.racing import TaskValues
 from adasearch.records import (
     Record,
     read_items,
@@ -228,8 +229,8 @@ class SearchStudy:
         """Return a point of an earlier search, in the place of one of the first that are proposed."""
         assert self._prior is not None
         index = sum(RECIPE not in t.user_attrs for t in before)
-        if index == 0 and self._config.sampler.type not in MODELLED:
-            _LOG.info("sampler %s takes start trials from earlier runs, no more", self._config.sampler.type)
+        if index == 0 and self.sampler.type not in MODELLED:
+            _LOG.info("sampler %s takes start trials from earlier runs, no more", self.sampler.type)
         placed = [t for t in before if self._distributions.keys() <= t.params.keys()]
         known = {self._space.point_key(t.params): t.values[0] if t.values else None for t in placed}
         return self._prior.start(index, self._config.sampler.startup, self._space.point_key, known)
@@ -245,37 +246,35 @@ class SearchStudy:
             frozen = self._frozen(record.number)
             if frozen.state.is_finished():
                 return
-            trial = self._handle(frozen)
-            for key, item in {**telling.attributes(record), **self._noise(record)}.items():
+            trial, folder = self._handle(frozen), trial_folder(self._run, record.number, record.attempt)
+            items = read_items(folder) if record.result else None
+            for key, item in {**telling.attributes(record), **self._noise(record, items)}.items():
                 trial.set_user_attr(key, item)
             save_note(trial, trial_note(record, dense))
-            self._upload(frozen, trial_folder(self._run, record.number, record.attempt))
+            self._upload(frozen, folder)
             telling.report_rungs(trial, record)
             telling.constrain(self._study, frozen, self._config.objective, record)
             values = telling.values(self._config.objective, record.result) if record.result else None
             state = TrialState.FAIL if values is None else TrialState.COMPLETE
             self._study.tell(record.number, values, state=state, skip_if_finished=True)
-        self._count_in(record.number, record.attempt, full=bool(record.result and not record.result.stopped))
+        if items and record.result and not record.result.stopped:
+            self._consensus.add(items)
 
     def _told_consensus(self) -> Consensus:
         """Return the consensus of the trials that were told, in their order."""
-        self._consensus = Consensus()
+        consensus = Consensus()
         for frozen in self._study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
-            full = frozen.user_attrs.get("state") == "done"
-            self._count_in(frozen.number, int(frozen.user_attrs.get("attempt", 1)), full=full)
-        return self._consensus
+            if frozen.user_attrs.get("state") == "done":
+                items = read_items(trial_folder(self._run, frozen.number, int(frozen.user_attrs.get("attempt", 1))))
+                if items:
+                    consensus.add(items)
+        return consensus
 
-    def _count_in(self, number: int, attempt: int, *, full: bool) -> None:
-        values = read_items(trial_folder(self._run, number, attempt)) if full else None
-        if values:
-            self._consensus.add(values)
-
-    def _noise(self, record: Record) -> dict[str, float]:
+    def _noise(self, record: Record, items: TaskValues | None) -> dict[str, float]:
         """Return the paired standard error of a trial's score, the plain one of a score that is no mean of items."""
         if record.result is None:
             return {}
-        values = read_items(trial_folder(self._run, record.number, record.attempt))
-        error = self._consensus.error(values) if values else record.result.stderr
+        error = self._consensus.error(items) if items else record.result.stderr
         return {} if error is None else {NOISE: error}
 
     def note(self, dense: TrialResult | None, best: Record | None) -> None:

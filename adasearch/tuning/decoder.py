@@ -23,24 +23,26 @@ _PLAIN_LENGTH = 256
 
 
 class Update(NamedTuple):
-    """A low-rank update of one linear layer: y += scale * drop(x) a^T b^T.
+    """A low-rank update of one linear layer, y = gain * (z weight^T + scale * drop(z) a^T b^T) + bias, z = gate * x.
 
     Args:
         a: R × inputs.
         b: outputs × R.
         scale: of the update.
         dropout: share of the inputs that is dropped.
+        gain: factor of each output, None for 1.
+        gate: factor of each input, None for 1; of projections that write to the residual stream only.
     """
 
     a: Tensor
     b: Tensor
     scale: float
     dropout: float = 0.0
+    gain: Tensor | None = None
+    gate: Tensor | None = None
 
 
 Updates = Mapping[nn.Module, Update]
-Gates = Mapping[nn.Module, Tensor]
-"""Factors of the inputs (K) of output projections, by module."""
 
 
 def takes(model: Any) -> bool:
@@ -50,13 +52,22 @@ def takes(model: Any) -> bool:
 
 def _projection(module: Any, updates: Updates) -> Projection:
     found = updates.get(module)
-    return Projection(module.weight, module.bias, *(found or ()))
+    if found is None or not len(found.a):  # of rank 0
+        return Projection(module.weight, module.bias, gain=None if found is None else found.gain)
+    return Projection(module.weight, module.bias, *found[:-1])
+
+
+def unchanged(module: nn.Linear) -> Update:
+    """Return an update of rank 0, which changes nothing."""
+    weight = module.weight
+    return Update(weight.new_empty(0, module.in_features), weight.new_empty(module.out_features, 0), 1.0)
 
 
 class _Run(NamedTuple):
-    """What all layers of one forward share: rotations by number of heads, masks by window, sequences, updates, gates.
+    """What all layers of one forward share: rotations by number of heads, masks by window, sequences, updates.
 
-    A mask is T × T for plain products, B × T × T for fused attention, None where that is causal by itself.
+    A mask is T × T for plain products of whole sequences, else B × T × T; None where fused attention is causal by
+    itself.
     """
 
     rotation: Rotation
@@ -65,12 +76,11 @@ class _Run(NamedTuple):
     plain: bool
     batch: int
     updates: Updates
-    gates: Gates
 
     def gated(self, x: Tensor, module: nn.Module) -> Tensor:
-        """Return x (N × K), which `module` reads, times its gates."""
-        factor = self.gates.get(module)
-        return x if factor is None else x * factor.to(x.dtype)
+        """Return x (N × K), which `module` reads, times its gate."""
+        found = self.updates.get(module)
+        return x if found is None or found.gate is None else x * found.gate.to(x.dtype)
 
 
 def _rotated(x: Tensor, norm: Any, size: int, run: _Run) -> Tensor:
@@ -134,18 +144,38 @@ def causal_mask(length: int, window: int | None, like: Tensor) -> Tensor:
     return torch.zeros(length, length, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
 
 
-def _masks(core: Any, mask: Tensor | None, embedded: Tensor, *, plain: bool) -> dict[int | None, Tensor | None]:
-    """Return the mask for every window of the model's layers; one that is given counts for all of them."""
+def _masks(
+    core: Any, mask: Tensor | None, segments: Tensor | None, embedded: Tensor, *, plain: bool
+) -> dict[int | None, Tensor | None]:
+    """Return the mask for every window of the model's layers; one that is given counts for all of them.
+
+    Those of several segments in a sequence are made once for all layers, and hide every other segment.
+    """
     batch, length, _ = embedded.shape
     found: dict[int | None, Tensor | None] = {}
     for window in {_window(layer) for layer in core.layers if not _absent(layer.self_attn)}:
         far = window is not None and length > window
-        if mask is not None or not (plain or far):
+        if mask is not None or not (plain or far or segments is not None):
             found[window] = mask
+            continue
+        own = causal_mask(length, window, embedded)
+        if segments is not None:
+            found[window] = own.masked_fill(segments[:, :, None] != segments[:, None, :], -torch.inf)
         else:
-            own = causal_mask(length, window, embedded)
             found[window] = own if plain else own.expand(batch, -1, -1)
     return found
+
+
+def restarted(segments: Tensor) -> Tensor:
+    """Return positions (B × T, int64) that count from 0 in each run of equal numbers of a line of `segments` (B × T).
+
+    >>> restarted(torch.tensor([[0, 0, 1, 1, 1]])).tolist()
+    [[0, 1, 0, 1, 2]]
+    """
+    places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    begins = torch.zeros_like(places)
+    begins[:, 1:] = places[:, 1:] * (segments[:, 1:] != segments[:, :-1])
+    return places - begins.cummax(1).values
 
 
 def hidden_states(
@@ -153,30 +183,36 @@ def hidden_states(
     ids: Tensor,
     *,
     updates: Updates | None = None,
-    gates: Gates | None = None,
     mask: Tensor | None = None,
     positions: Tensor | None = None,
+    segments: Tensor | None = None,
 ) -> Tensor:
     """Return the last hidden states, B × T × D, with a gradient for what requires one.
+
+    Where sequences hold several documents, `segments` tells them apart, in place of `mask` and `positions`: each of
+    them has the states that it would have alone.
 
     Args:
         model: causal language model that `takes` takes; its weights are read, not copied.
         ids: B × T token ids.
         updates: low-rank updates by linear module.
-        gates: factors of what output projections read, by module; those left out read it as it is.
         mask: added to attention scores, B × T × T; None is causal.
         positions: B × T; None counts from 0.
+        segments: B × T, equal numbers side by side are one document; None is one document in each sequence.
     """
     core = model.base_model
     batch, length = ids.shape
+    assert segments is None or (mask is None and positions is None), "segments make masks and positions"
     embedded = functional.embedding(ids, core.embed_tokens.weight, core.embed_tokens.padding_idx)
-    if positions is None:
+    if segments is not None:
+        positions = restarted(segments)
+    elif positions is None:
         positions = torch.arange(length, device=ids.device).expand(batch, -1)
     cos, sin = core.rotary_emb(embedded, positions)
     plain = ids.device.type == "cpu" and length <= _PLAIN_LENGTH and mask is None and torch.is_grad_enabled()
     rotation = Rotation.of(cos.flatten(0, 1), sin.flatten(0, 1))
-    masks = _masks(core, mask, embedded, plain=plain)
-    run = _Run(rotation, {}, masks, plain, batch, updates or {}, gates or {})
+    masks = _masks(core, mask, segments, embedded, plain=plain)
+    run = _Run(rotation=rotation, wide={}, masks=masks, plain=plain, batch=batch, updates=updates or {})
     x = embedded.flatten(0, 1)
     for layer in core.layers:
         x = _layer(layer, x, run)

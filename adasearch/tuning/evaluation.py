@@ -1,37 +1,55 @@
-"""From log-likelihoods to scores with standard errors: lm-eval's `acc` and `acc_norm`, our `margin`; and perplexity.
+"""From log-likelihoods to scores with standard errors: lm-eval's `acc`, `acc_norm`; `margin`, `log_score`; perplexity.
 
-Letters: n items of a task, C choices of an item.
+Letters: n items of a task, C choices of an item, at least 2.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
 from adasearch.config import TaskScore
 from adasearch.errors import DataError, TrialError
+from adasearch.sections import Metric
 from adasearch.tuning.decoder import last_hidden
 from adasearch.tuning.items import Item
 from adasearch.tuning.scoring import target_logprobs
 
-Metric = Literal["margin", "acc", "acc_norm"]
 _CPU_TOKENS, _DEVICE_TOKENS = 4_096, 32_768
 
 
-def _margin(item: Item, logliks: np.ndarray) -> float:
-    """Return (p - 1/C) / (1 - 1/C), with p the softmax over choices of the log-likelihood per character.
+def _log_probability(item: Item, logliks: np.ndarray) -> float:
+    """Return log p (nats) of the right choice, p the softmax over choices of the log-likelihood per character.
 
     Where a task reports no `acc_norm`, as with "yes" and "no" or one ending of several contexts, lengths mean nothing
     and the log-likelihoods count as they are.
     """
     rates = logliks / np.maximum(item.lengths, 1) if item.acc_norm else logliks
-    weights = np.exp(rates - rates.max())
+    below = rates - rates.max()  # so that no exponential overflows, and their sum is 1 at least
+    return float(below[item.gold] - np.log(np.exp(below).sum()))
+
+
+def _margin(item: Item, logliks: np.ndarray) -> float:
+    """Return (p - 1/C) / (1 - 1/C), p the probability of the right choice: 0 at chance, 1 at certainty."""
     chance = 1.0 / len(logliks)
-    return float((weights[item.gold] / weights.sum() - chance) / (1.0 - chance))
+    return (math.exp(_log_probability(item, logliks)) - chance) / (1.0 - chance)
+
+
+def _log_score(item: Item, logliks: np.ndarray) -> float:
+    """Return log(C p) / log C, p the probability of the right choice: 0 at chance, 1 at certainty, no lower bound.
+
+    The logarithmic score log p (Good 1952, Rational Decisions, J. R. Stat. Soc. B 14, 107) as a skill score, its gain
+    over that of chance, log 1/C, in units of what certainty gains: (log p + log C) / (0 + log C). In words, the
+    information that the model has of the right choice, as a share of all that there is to have.
+    """
+    return 1.0 + _log_probability(item, logliks) / math.log(len(logliks))
+
+
+_SMOOTH = {"margin": _margin, "log_score": _log_score}
 
 
 def item_values(items: Sequence[Item], logliks: Sequence[np.ndarray], metric: Metric) -> np.ndarray:
@@ -45,8 +63,9 @@ def item_values(items: Sequence[Item], logliks: Sequence[np.ndarray], metric: Me
         logliks: for each item the log-likelihoods of its choices (C-vectors).
         metric: which value.
     """
-    if metric == "margin":
-        return np.array([_margin(item, values) for item, values in zip(items, logliks, strict=True)])
+    smooth = _SMOOTH.get(metric)
+    if smooth is not None:
+        return np.array([smooth(item, values) for item, values in zip(items, logliks, strict=True)])
     right = []
     for item, values in zip(items, logliks, strict=True):
         if metric == "acc_norm" and item.acc_norm:
@@ -69,32 +88,11 @@ def task_score(items: Sequence[Item], logliks: Sequence[np.ndarray]) -> TaskScor
         logliks: for each item the log-likelihoods of its choices (C-vectors).
     """
     assert items, "a score needs at least one item"
-    found = {metric: mean_and_error(item_values(items, logliks, metric)) for metric in ("margin", "acc", "acc_norm")}
-    normalised = found["acc_norm"] if items[0].acc_norm else (None, None)
-    return TaskScore(
-        task=items[0].task,
-        n=len(items),
-        acc=found["acc"][0],
-        acc_stderr=found["acc"][1],
-        acc_norm=normalised[0],
-        acc_norm_stderr=normalised[1],
-        margin=found["margin"][0],
-        margin_stderr=found["margin"][1],
-    )
-
-
-def objective(scores: Sequence[TaskScore], metric: Metric) -> tuple[float, float]:
-    """Return the mean of `metric` over tasks and its standard error; `acc` stands in where a task has no `acc_norm`.
-
-    The error is that of a mean of independent estimates, sqrt(sum of squares) / number of tasks.
-    """
-    pairs = [
-        (score.acc, score.acc_stderr)
-        if metric == "acc_norm" and score.acc_norm is None
-        else (getattr(score, metric), getattr(score, f"{metric}_stderr"))
-        for score in scores
-    ]
-    return sum(value for value, _ in pairs) / len(pairs), math.hypot(*(error for _, error in pairs)) / len(pairs)
+    figures: dict[str, Any] = {"acc_norm": None, "acc_norm_stderr": None}
+    for metric in get_args(Metric):
+        if metric != "acc_norm" or items[0].acc_norm:
+            figures[metric], figures[f"{metric}_stderr"] = mean_and_error(item_values(items, logliks, metric))
+    return TaskScore(task=items[0].task, n=len(items), **figures)
 
 
 @torch.inference_mode()

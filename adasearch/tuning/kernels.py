@@ -18,7 +18,7 @@ from torch.nn import functional
 
 
 class Projection(NamedTuple):
-    """y = x weight^T + bias + scale * drop(x) a^T b^T.
+    """y = gain * (x weight^T + scale * drop(x) a^T b^T) + bias.
 
     Args:
         weight: M × K.
@@ -27,6 +27,7 @@ class Projection(NamedTuple):
         b: M × R, second factor, or None.
         scale: of the update.
         dropout: share of the update's inputs that is dropped.
+        gain: M, factor of each output (DoRA, Liu et al., ICML 2024, equation 5), or None for 1.
     """
 
     weight: Tensor
@@ -35,6 +36,16 @@ class Projection(NamedTuple):
     b: Tensor | None = None
     scale: float = 1.0
     dropout: float = 0.0
+    gain: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Return what may have a gradient: weight, bias, a, b, gain."""
+        return self.weight, self.bias, self.a, self.b, self.gain
+
+
+_TENSORS = 5
+"""Length of `Projection.tensors`."""
 
 
 class _Adapted:
@@ -43,7 +54,7 @@ class _Adapted:
     def __init__(self, projections: tuple[Projection, ...]) -> None:
         self.projections = projections
         self.updates = [p for p in projections if p.a is not None]
-        self.scale = self.updates[0].scale if self.updates else 1.0
+        self.gained = any(p.gain is not None for p in projections)
 
     def kept(self, x: Tensor) -> Tensor | None:
         """Return a random mask of what dropout keeps, scaled so that the mean stays, or None without dropout."""
@@ -55,59 +66,124 @@ class _Adapted:
         factors = [p.a for p in self.updates if p.a is not None]
         return factors[0] if len(factors) == 1 else torch.cat(factors)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
-        """Return the outputs for x (N × K) and the scaled inner states of the updates (N × sum of R)."""
-        outputs = [functional.linear(x, p.weight, p.bias) for p in self.projections]
-        if not self.updates:
-            return outputs, None
-        inner = ((x if mask is None else x * mask) @ self.down().T).mul_(self.scale)
-        begin = 0
-        for output, p in zip(outputs, self.projections, strict=True):
-            if p.b is not None:
-                output.addmm_(inner[:, begin : begin + p.b.shape[1]], p.b.T)
-                begin += p.b.shape[1]
-        return outputs, inner
+    def ranks(self) -> list[int]:
+        """Return the rank of each update."""
+        return [p.a.shape[0] for p in self.updates if p.a is not None]
+
+    def scaled(self, inner: Tensor) -> Tensor:
+        """Return N × sum of R, in place, the columns of each update times its scale."""
+        if len({p.scale for p in self.updates}) == 1:
+            return inner.mul_(self.updates[0].scale)
+        for part, p in zip(torch.split(inner, self.ranks(), 1), self.updates, strict=True):
+            part.mul_(p.scale)
+        return inner
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
+        """Return the outputs for x (N × K), the scaled inner states (N × sum of R) and the outputs before gains.
+
+        The last are those of projections that have a gain, whose backward needs them.
+        """
+        outputs = [functional.linear(x, p.weight, p.bias if p.gain is None else None) for p in self.projections]
+        inner = None
+        if self.updates:
+            inner = self.scaled((x if mask is None else x * mask) @ self.down().T)
+            begin = 0
+            for output, p in zip(outputs, self.projections, strict=True):
+                if p.b is not None:
+                    output.addmm_(inner[:, begin : begin + p.b.shape[1]], p.b.T)
+                    begin += p.b.shape[1]
+        if not self.gained:
+            return outputs, inner, []
+        plain = [output for output, p in zip(outputs, self.projections, strict=True) if p.gain is not None]
+        return [_times_gain(output, p) for output, p in zip(outputs, self.projections, strict=True)], inner, plain
 
     def backward(
-        self, grads: list[Tensor], x: Tensor, inner: Tensor | None, mask: Tensor | None, needed: list[bool]
+        self,
+        grads: list[Tensor],
+        x: Tensor,
+        saved: tuple[Tensor | None, Tensor | None, list[Tensor]],
+        needed: list[bool],
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Return the gradient of x and those of (weight, bias, a, b) of each projection, None where not needed."""
+        """Return the gradient of x and those of `Projection.tensors` of each projection, None where not needed.
+
+        Args:
+            grads: of the outputs.
+            x: what the projections read, N × K.
+            saved: inner states, dropout's mask, and outputs before gains, as `kept` and `forward` gave them.
+            needed: which of the tensors need a gradient.
+        """
+        inner, mask, plain = saved
+        found: list[Tensor | None] = []
+        for index, grad in enumerate(grads):
+            bias = needed[_TENSORS * index + 1]
+            found += [None, grad.sum(0) if bias else None, None, None, None]
+        if self.gained:
+            grads = self._through_gains(grads, plain, found)
         dx = grads[0] @ self.projections[0].weight
         for grad, p in zip(grads[1:], self.projections[1:], strict=True):
             dx.addmm_(grad, p.weight)
-        found: list[Tensor | None] = []
+        for index, grad in enumerate(grads):
+            if needed[_TENSORS * index]:
+                found[_TENSORS * index] = grad.T @ x
+        if inner is not None:
+            self._through_updates(grads, x, (inner, mask), dx, found)
+        return dx, found
+
+    def _through_gains(self, grads: list[Tensor], plain: list[Tensor], found: list[Tensor | None]) -> list[Tensor]:
+        """Return the gradients of the outputs before gains; put those of the gains into `found`."""
+        before = iter(plain)
+        through: list[Tensor] = []
+        for index, (grad, p) in enumerate(zip(grads, self.projections, strict=True)):
+            if p.gain is not None:
+                found[_TENSORS * index + 4] = (grad * next(before)).sum(0)
+            through.append(grad if p.gain is None else grad * p.gain)
+        return through
+
+    def _through_updates(
+        self,
+        grads: list[Tensor],
+        x: Tensor,
+        saved: tuple[Tensor, Tensor | None],
+        dx: Tensor,
+        found: list[Tensor | None],
+    ) -> None:
+        """Add the updates' part to the gradient of x (`dx`), and put those of their factors into `found`."""
+        inner, mask = saved
         steps: list[Tensor] = []
         begin = 0
         for index, (grad, p) in enumerate(zip(grads, self.projections, strict=True)):
-            weight, bias = needed[4 * index : 4 * index + 2]
-            found += [grad.T @ x if weight else None, grad.sum(0) if bias else None, None, None]
-            if p.b is not None and inner is not None:
-                found[-1] = grad.T @ inner[:, begin : begin + p.b.shape[1]]
+            if p.b is not None:
+                found[_TENSORS * index + 3] = grad.T @ inner[:, begin : begin + p.b.shape[1]]
                 steps.append(grad @ p.b)
                 begin += p.b.shape[1]
-        if steps:
-            inside = (steps[0] if len(steps) == 1 else torch.cat(steps, 1)).mul_(self.scale)
-            down = inside.T @ (x if mask is None else x * mask)
-            parts = iter(torch.split(down, [p.a.shape[0] for p in self.updates if p.a is not None]))
-            for index, p in enumerate(self.projections):
-                found[4 * index + 2] = None if p.a is None else next(parts)
-            if mask is None:
-                dx.addmm_(inside, self.down())
-            else:
-                dx += (inside @ self.down()).mul_(mask)
-        return dx, found
+        inside = self.scaled(steps[0] if len(steps) == 1 else torch.cat(steps, 1))
+        down = inside.T @ (x if mask is None else x * mask)
+        parts = iter(torch.split(down, self.ranks()))
+        for index, p in enumerate(self.projections):
+            found[_TENSORS * index + 2] = None if p.a is None else next(parts)
+        if mask is None:
+            dx.addmm_(inside, self.down())
+        else:
+            dx += (inside @ self.down()).mul_(mask)
+
+
+def _times_gain(output: Tensor, p: Projection) -> Tensor:
+    """Return gain * output + bias; where there is no gain the bias is in the output already."""
+    if p.gain is None:
+        return output
+    return output * p.gain if p.bias is None else torch.addcmul(p.bias, output, p.gain)
 
 
 def _flat(projections: tuple[Projection, ...]) -> list[Any]:
-    return [tensor for p in projections for tensor in p[:4]]
+    return [tensor for p in projections for tensor in p.tensors]
 
 
 def _gathered(flat: tuple[Any, ...], settings: tuple[tuple[float, float], ...]) -> tuple[Projection, ...]:
-    parts = (flat[4 * i : 4 * i + 4] for i in range(len(settings)))
-    return tuple(
-        Projection(*part, scale=scale, dropout=dropout)  # type: ignore[misc]
-        for part, (scale, dropout) in zip(parts, settings, strict=True)
-    )
+    found = []
+    for i, (scale, dropout) in enumerate(settings):
+        weight, bias, a, b, gain = flat[_TENSORS * i : _TENSORS * (i + 1)]
+        found.append(Projection(weight, bias, a, b, scale, dropout, gain))
+    return tuple(found)
 
 
 def _settings(projections: tuple[Projection, ...]) -> tuple[tuple[float, float], ...]:
@@ -162,17 +238,18 @@ class _NormProject(torch.autograd.Function):
         scaled, inverse = _normalised(x, eps)
         rows = scaled.to(x.dtype).mul_(norm)
         mask = adapted.kept(rows)
-        outputs, inner = adapted.forward(rows, mask)
+        outputs, inner, plain = adapted.forward(rows, mask)
         ctx.adapted = adapted
-        ctx.save_for_backward(x, norm, inverse, inner, mask)
+        ctx.save_for_backward(x, norm, inverse, inner, mask, *plain)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, norm, inverse, inner, mask = ctx.saved_tensors
+        x, norm, inverse, inner, mask, *plain = ctx.saved_tensors
         scaled = _wide(x) * inverse
         rows = scaled.to(x.dtype)
-        dx, found = ctx.adapted.backward(list(grads), rows * norm, inner, mask, ctx.needs_input_grad[4:])
+        saved = (inner, mask, plain)
+        dx, found = ctx.adapted.backward(list(grads), rows * norm, saved, ctx.needs_input_grad[4:])
         grad_norm = (dx * rows).sum(0) if ctx.needs_input_grad[1] else None
         return _norm_backward(dx, scaled, inverse, norm), grad_norm, None, None, *found
 
@@ -189,15 +266,15 @@ class _ProjectAdd(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, residual: Tensor, settings: Any, *flat: Any) -> Tensor:
         adapted = _Adapted(_gathered(flat, settings))
         mask = adapted.kept(x)
-        (output,), inner = adapted.forward(x, mask)
+        (output,), inner, plain = adapted.forward(x, mask)
         ctx.adapted = adapted
-        ctx.save_for_backward(x, inner, mask)
+        ctx.save_for_backward(x, inner, mask, *plain)
         return output.add_(residual)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, inner, mask = ctx.saved_tensors
-        dx, found = ctx.adapted.backward([grad], x, inner, mask, ctx.needs_input_grad[3:])
+        x, inner, mask, *plain = ctx.saved_tensors
+        dx, found = ctx.adapted.backward([grad], x, (inner, mask, plain), ctx.needs_input_grad[3:])
         return dx, grad, None, *found
 
 
@@ -215,15 +292,15 @@ class _GatedAdd(torch.autograd.Function):
         active = functional.silu(gate)
         x = active * up if any(ctx.needs_input_grad) else active.mul_(up)
         mask = adapted.kept(x)
-        (output,), inner = adapted.forward(x, mask)
+        (output,), inner, plain = adapted.forward(x, mask)
         ctx.adapted = adapted
-        ctx.save_for_backward(gate, up, active, inner, mask)
+        ctx.save_for_backward(gate, up, active, inner, mask, *plain)
         return output.add_(residual)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        gate, up, active, inner, mask = ctx.saved_tensors
-        dx, found = ctx.adapted.backward([grad], active * up, inner, mask, ctx.needs_input_grad[4:])
+        gate, up, active, inner, mask, *plain = ctx.saved_tensors
+        dx, found = ctx.adapted.backward([grad], active * up, (inner, mask, plain), ctx.needs_input_grad[4:])
         d_up = active * dx
         d_gate = torch.ops.aten.silu_backward(dx.mul_(up), gate)
         return d_gate, d_up, grad, None, *found
@@ -297,7 +374,8 @@ class _Attend(torch.autograd.Function):
         batch, key_heads, size, scale = layout
         q, k, v = (_by_key_head(x, batch, key_heads, size) for x in (q, k, v))
         length, groups = k.shape[1], q.shape[1] // k.shape[1]
-        shift = mask.repeat(groups, 1)[None]
+        shift = mask.repeat(*(1,) * (mask.dim() - 2), groups, 1)
+        shift = shift[None] if mask.dim() == 2 else shift.repeat_interleave(key_heads, 0)
         weights = torch.baddbmm(shift, q, k.transpose(1, 2), alpha=scale).softmax(-1)
         out = torch.bmm(weights, v)
         ctx.layout = (batch, length, scale)
@@ -332,7 +410,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, layout: Layout) -> Ten
         q: N × (H E).
         k: N × (key heads E).
         v: as k.
-        mask: added to the scores, T × T.
+        mask: added to the scores, T × T, or B × T × T where the sequences have their own.
         layout: of the rows.
     """
     result: Tensor = _Attend.apply(q, k, v, mask, tuple(layout))  # type: ignore[no-untyped-call]

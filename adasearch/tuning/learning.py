@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from adasearch.pruning.learning import Learner
 from adasearch.pruning.structure import ModelStructure
-from adasearch.tuning.decoder import Gates, Update, Updates
-from adasearch.tuning.recovery import RecoveryContext, RecoveryReport, lora
+from adasearch.tuning.decoder import Update, Updates, unchanged
+from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
+from adasearch.tuning.recovery._adapters import AdapterOptions, factors, merge, projections
 from adasearch.tuning.training import Adapters, Masters, TrainingConfig, seeded, train
 
 
@@ -22,24 +23,29 @@ class _Riding(Adapters):
         structure: its groups.
         updates: of its projections.
         learner: says the gates.
+        steps: of the run.
     """
 
-    def __init__(self, model: nn.Module, structure: ModelStructure, updates: Updates, learner: Learner) -> None:
+    def __init__(
+        self, model: nn.Module, structure: ModelStructure, updates: Updates, learner: Learner, steps: int
+    ) -> None:
         super().__init__(updates)
-        self._learner = learner
-        self._outputs = {g.name: (model.get_submodule(g.output), g.output_block) for g in structure.groups}
+        self._learner, self._done, self._steps = learner, 0, steps
+        self._outputs = {g.name: (cast("nn.Linear", model.get_submodule(g.output)), g.output_block)
+                         for g in structure.groups}  # fmt: skip
         self._named = {name: updates[module] for name, module in model.named_modules() if module in updates}
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the factors of the updates, and what the learner trains."""
         return [*super().parameters(), *self._learner.parameters()]
 
-    def gates(self, done: float) -> Gates:
-        """Return the learner's factors, each as often as its unit has features."""
-        found = {}
-        for name, factor in self._learner.gates(done).items():
+    def updates(self) -> Updates:
+        """Return the updates with the learner's factors as gates, each as often as its unit has features."""
+        found = dict(super().updates())
+        for name, factor in self._learner.gates(self._done / self._steps).items():
             module, block = self._outputs[name]
-            found[module] = factor.repeat_interleave(block)
+            update = found.get(module) or unchanged(module)
+            found[module] = update._replace(gate=factor.repeat_interleave(block))
         return found
 
     def penalty(self) -> Tensor | None:
@@ -50,12 +56,9 @@ class _Riding(Adapters):
         """Show the learner the gradients."""
         self._learner.graded(self._named)
 
-
-def _owned(module: nn.Module, name: str) -> nn.Parameter:
-    """Return a parameter of a module made a copy of its own, which may be written to."""
-    found = nn.Parameter(cast("Tensor", getattr(module, name)).detach().clone(), requires_grad=False)
-    setattr(module, name, found)
-    return found
+    def stepped(self, step: int, ids: Tensor, masters: Masters) -> None:  # noqa: ARG002 - of the signature
+        """Note how far the run is."""
+        self._done = step
 
 
 def _own_weights(model: nn.Module) -> list[nn.Parameter]:
@@ -67,9 +70,9 @@ def _own_weights(model: nn.Module) -> list[nn.Parameter]:
 
 def _updates(model: nn.Module, structure: ModelStructure, options: Any) -> dict[nn.Module, Update]:
     """Return a low-rank update for every projection of a model; call it inside `seeded`."""
-    wanted = lora.LoraOptions(rank=options.rank, alpha=options.alpha, dropout=options.dropout)
-    modules = lora.targeted(model, structure, wanted.targets)
-    return {module: lora.fresh(module, wanted) for module in modules}
+    modules = projections(model, structure, AdapterOptions(rank=options.rank), "schedule").values()
+    scale = options.alpha / options.rank
+    return {module: Update(*factors(module, options.rank), scale, options.dropout) for module in modules}
 
 
 def learn(
@@ -80,10 +83,11 @@ def learn(
     learner: Learner,
     context: RecoveryContext,
 ) -> RecoveryReport:
-    """Train on the stream with the learner's gates; what is tuned beside them the option `rank` says.
+    """Train on the stream with the learner's gates, and make them part of the weights that they count for.
 
-    Without such an option all weights stay as they are; 0 tunes all of them; above, updates of that rank are trained
-    and merged. Weights that change are new tensors of the model: those it was made over are only read.
+    What is tuned beside them the option `rank` says: without such an option nothing; 0 tunes all weights; above,
+    updates of that rank are trained and merged. Weights that change are new tensors of the model: those it was made
+    over are only read.
 
     Args:
         model: dense, frozen, in the layout of transformers.
@@ -98,17 +102,18 @@ def learn(
             (kind ``config``).
     """
     run, rank = TrainingConfig.of(options), getattr(options, "rank", None)
-    with seeded(context):
+    with seeded(context), torch.enable_grad():
         updates = _updates(model, structure, options) if rank else {}
         weights = _own_weights(model) if rank == 0 else []
-        riding = _Riding(model, structure, updates, learner)
+        riding = _Riding(model, structure, updates, learner, run.steps)
         masters = Masters([*weights, *riding.parameters()], run)
         report = train(model, masters, tokens, run, context, riding)
-    if updates:
+    if rank:
         masters.restore_precision()
     with torch.no_grad():
-        for module, update in updates.items():
-            _owned(module, "weight")
-            lora.merge(cast("nn.Linear", module), update)
+        for module, update in riding.updates().items():
+            own = nn.Parameter(cast("Tensor", module.weight).detach().clone(), requires_grad=False)
+            module.weight = own
+            merge(module, update)
     model.requires_grad_(requires_grad=False)
     return report

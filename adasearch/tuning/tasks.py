@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from adasearch.config import StudyConfig
-from adasearch.data import check_corpus, mirror_folder, parse_corpus
+from adasearch.corpora import check_corpus, mirror_folder, parse_corpus, scored_corpus
 from adasearch.documents import value
 from adasearch.errors import ConfigError, DataError
 from adasearch.tuning.cloze import cloze_items
@@ -279,14 +279,14 @@ def check_tasks(study: StudyConfig) -> None:
         for spec in specs:
             source = _source(spec, root, where)
             if spec.startswith("cloze/"):
-                check_corpus(spec.removeprefix("cloze/"), root, where)
+                scored_corpus(spec.removeprefix("cloze/"), root, where)
             elif mirror_folder(str(source[0]), root) is not None:
                 check_corpus(f"{source[0]}:{source[1] or ''}:{source[2]}", root, where)
             if source in sources[where]:
                 raise ConfigError(where, f"{spec!r} reads the same questions as {sources[where][source]!r}")
             sources[where][source] = spec
     for corpus in study.report.perplexity:
-        check_corpus(corpus, root, "report.perplexity")
+        scored_corpus(corpus, root, "report.perplexity")
     _check_disjoint(study, sources["objective.search"], sources["report.tasks"])
 
 

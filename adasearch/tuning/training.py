@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from adasearch.documents import value
 from adasearch.errors import TrialError
+from adasearch.streams import Marks
 from adasearch.tuning import decoder
-from adasearch.tuning.decoder import Gates, Updates
+from adasearch.tuning.decoder import Updates
 from adasearch.tuning.head import HeadRows
 from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
 
@@ -107,23 +108,47 @@ class Lesson(NamedTuple):
     hard: float = 1.0
 
 
-def sequences(tokens: Tensor, config: TrainingConfig) -> Iterator[Tensor]:
-    """Yield the batches of a run, each B × T, in the order of the stream, which starts again where it ends.
+class Batch(NamedTuple):
+    """The sequences of one step: ids B × T, and the marks of those tokens where the stream has any."""
+
+    ids: Tensor
+    marks: Marks | None = None
+
+    def to(self, device: str | torch.device) -> Batch:
+        """Return the same on a device."""
+        return Batch(self.ids.to(device), None if self.marks is None else self.marks.to(device))
+
+
+def batches(tokens: Tensor, config: TrainingConfig, marks: Marks | None = None) -> Iterator[Batch]:
+    """Yield the batches of a run in the order of the stream, which starts again where it ends.
 
     Args:
         tokens: 1-D stream of token ids.
         config: says how many batches of which size.
+        marks: of the tokens; such a stream holds whole sequences.
 
     Raises:
-        TrialError: the stream holds fewer than two tokens.
+        TrialError: the stream holds fewer than two tokens, or marked ones that are no whole sequences.
     """
+    if marks is not None and tokens.numel() % config.length:
+        problem = f"packed tokens must be whole sequences of {config.length}, given {tokens.numel()} tokens"
+        raise TrialError("config", problem, PHASE)
     if tokens.dim() != 1 or tokens.numel() < 2:
         problem = f"the recovery stream must be 1-D and hold at least 2 tokens, given shape {tuple(tokens.shape)}"
         raise TrialError("config", problem, PHASE)
     size = config.batch * config.length
     offsets = torch.arange(size)
     for step in range(config.steps):
-        yield tokens[(offsets + step * size) % tokens.numel()].view(config.batch, config.length)
+        places = ((offsets + step * size) % tokens.numel()).view(config.batch, config.length)
+        if marks is None:
+            yield Batch(tokens[places])
+        else:
+            yield Batch(tokens[places], Marks(segments=marks.segments[places], counted=marks.counted[places]))
+
+
+def sequences(tokens: Tensor, config: TrainingConfig) -> Iterator[Tensor]:
+    """Yield the ids of `batches`, B × T each, of a stream without marks."""
+    return (batch.ids for batch in batches(tokens, config))
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
@@ -207,11 +232,13 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _states(
-    model: Any, ids: Tensor, updates: Updates | None = None, gates: Gates | None = None
+    model: Any, ids: Tensor, updates: Updates | None = None, marks: Marks | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the last hidden states, (B (T - 1)) × D, that predict a next token, and the head's weight, V × D."""
-    hidden = decoder.hidden_states(model, ids, updates=updates, gates=gates)
-    return hidden[:, :-1].flatten(0, 1), model.get_output_embeddings().weight
+    """Return the last hidden states, N × D, that predict a token which counts, and the head's weight, V × D."""
+    segments = None if marks is None else marks.segments
+    hidden = decoder.hidden_states(model, ids, updates=updates, segments=segments)[:, :-1].flatten(0, 1)
+    weight = model.get_output_embeddings().weight
+    return (hidden if marks is None else hidden[marks.predicted().flatten()]), weight
 
 
 def next_token_loss(
@@ -219,26 +246,26 @@ def next_token_loss(
     ids: Tensor,
     *,
     updates: Updates | None = None,
-    gates: Gates | None = None,
     lesson: Lesson | None = None,
+    marks: Marks | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the mean loss to minimise and its next-token part, in nats per predicted token.
+    """Return the mean loss to minimise and its next-token part, in nats per predicted token that counts.
 
     Args:
         model: causal language model that `decoder` takes, with a linear output head without bias.
         ids: token ids, B × T, T at least 2.
         updates: low-rank updates of the model's linear layers.
-        gates: factors of what its output projections read.
         lesson: what is learnt from a teacher beside the next token, None for nothing. Of the teacher only the last
             hidden states are held; its logits are made again from them, chunk by chunk.
+        marks: of `ids`, B × T; at least one token must count. None: all do, and sequences are whole.
     """
-    hidden, weight = _states(model, ids, updates, gates)
-    targets = ids[:, 1:].flatten()
+    hidden, weight = _states(model, ids, updates, marks)
+    targets = ids[:, 1:].flatten() if marks is None else ids[:, 1:][marks.predicted()]
     if lesson is None:
         alone: tuple[Tensor, Tensor] = _HeadLoss.apply(hidden, weight, targets, None, (1.0, 0.0, 1.0))  # type: ignore[no-untyped-call]
         return alone
     with torch.no_grad():
-        states, head = _states(lesson.teacher, ids)
+        states, head = _states(lesson.teacher, ids, marks=marks)
 
     def logits(part: slice) -> Tensor:
         return states[part] @ head.T
@@ -275,10 +302,6 @@ class Adapters:
         """Return the updates of the next forward, in the graph of what is trained; made anew for every step."""
         return self._updates
 
-    def gates(self, done: float) -> Gates:  # noqa: ARG002 - for those that derive
-        """Return the factors of what output projections read in the next forward; `done` is the share of the steps."""
-        return {}
-
     def graded(self) -> None:
         """Look at the gradients of what is trained, as the backward pass left them; nothing here."""
 
@@ -307,7 +330,7 @@ class Masters:
     def __init__(self, parameters: Sequence[nn.Parameter], config: TrainingConfig) -> None:
         self.parameters = list(parameters)
         self.copies = [p.detach() if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
-        self._copy_of = dict(zip(self.parameters, self.copies, strict=True))
+        self._copy_of: dict[Tensor, Tensor] = dict(zip(self.parameters, self.copies, strict=True))
         self._clip = config.grad_clip
         matrices = [c for c in self.copies if c.dim() > 1]
         rest = [c for c in self.copies if c.dim() <= 1]
@@ -373,7 +396,7 @@ def train(
         masters: of those parameters.
         tokens: 1-D stream of token ids.
         config: the run.
-        context: progress callback, device, teacher.
+        context: progress callback, device, teacher, marks of the tokens.
         adapters: low-rank updates of the model's linear layers, None for none.
 
     Raises:
@@ -384,10 +407,9 @@ def train(
     riding = adapters or Adapters({})
     start = time.monotonic()
     losses: list[float] = []
-    for step, ids in enumerate(sequences(tokens, config)):
-        batch = ids.to(context.device)
-        updates, gates = riding.updates(), riding.gates(step / config.steps)
-        total, nll = next_token_loss(model, batch, updates=updates, gates=gates, lesson=lesson)
+    for step, drawn in enumerate(batches(tokens, config, context.marks)):
+        batch, marks = drawn.to(context.device)
+        total, nll = next_token_loss(model, batch, updates=riding.updates(), lesson=lesson, marks=marks)
         penalty = riding.penalty()
         total = total if penalty is None else total + penalty
         total.backward()  # type: ignore[no-untyped-call]

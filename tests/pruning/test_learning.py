@@ -34,6 +34,12 @@ def factors(structure, make):
     return units, wide
 
 
+def gated(model, factors):
+    """What the decoder takes for factors of what modules read, by name."""
+    modules = {model.get_submodule(name): factor for name, factor in factors.items()}
+    return {module: decoder.unchanged(module)._replace(gate=factor) for module, factor in modules.items()}
+
+
 def logits(model, ids):
     with torch.no_grad():
         return model(input_ids=ids).logits
@@ -49,10 +55,10 @@ class TestGatesInTheDecoder:
         case = sample(attention, F32)
         generator = torch.Generator().manual_seed(1)
         units, wide = factors(case.structure, lambda n: (torch.rand(n, generator=generator) < 0.6).float())
-        given = {case.model.get_submodule(name): factor for name, factor in wide.items()}
+        given = gated(case.model, wide)
         with masking.masked(case.model, case.structure, {n: u.bool() for n, u in units.items()}), torch.no_grad():
             expected = case.model.model(input_ids=case.tokens).last_hidden_state
-        found = decoder.hidden_states(case.model, case.tokens, gates=given)
+        found = decoder.hidden_states(case.model, case.tokens, updates=given)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -62,7 +68,7 @@ class TestGatesInTheDecoder:
         _, wide = factors(case.structure, lambda n: torch.randn(n, generator=generator))
         given = {name: factor.clone().requires_grad_() for name, factor in wide.items()}
         model = dense_with(case, {}).requires_grad_(requires_grad=False)
-        total, _ = next_token_loss(model, case.tokens, gates={model.get_submodule(n): f for n, f in given.items()})
+        total, _ = next_token_loss(model, case.tokens, updates=gated(model, given))
         total.backward()
         folded = {name: factor.clone().requires_grad_() for name, factor in wide.items()}
         twin = dense_with(case, {})
@@ -142,7 +148,7 @@ class TestFormulas:
             assert ends == pytest.approx([0.0, 0.5, 1.0], abs=5e-3)
 
     def test_penalty_and_multipliers(self):
-        options = ddp.GatesOptions(penalty=3.0, ascent=8.0, binary=0.7, soft=0.4, sharp=0.1, pace=0.5)
+        options = ddp.GatesOptions(penalty=3.0, ascent=8.0, binary=0.7, soft=0.4, sharp=0.1)
         z = {"a": nn.Parameter(torch.tensor([0.3, 0.9])), "b": nn.Parameter(torch.tensor([0.5]))}
         costs = {"a": 10, "b": 40}
         both = ddp.Constraint(names=("a", "b"), share=0.5, weight=0.75)
@@ -153,7 +159,7 @@ class TestFormulas:
         z["a"].grad, z["b"].grad = torch.tensor([1.0, -2.0]), torch.tensor([0.5])
         learner.graded({})
         learner.gates(0.25)
-        mu = 0.4 - 0.3 * 0.5
+        mu = 0.4 - 0.3 * (0.25 + math.sin(math.pi / 4) / math.pi)
         assert learner.mu == pytest.approx(mu)
 
         def s(x):
@@ -241,9 +247,9 @@ def test_gates_folded_are_gates_unfolded(dtype):
     for group in case.structure.groups:
         if group.name in ends:
             factor = (ends[group.name] * stays[group.name]).repeat_interleave(group.output_block)
-            given[case.model.get_submodule(group.output)] = factor
+            given[group.output] = factor
     with torch.no_grad():
-        expected = decoder.hidden_states(case.model, case.tokens, gates=given)
+        expected = decoder.hidden_states(case.model, case.tokens, updates=gated(case.model, given))
         found = decoder.hidden_states(schedule.cut(context, decision), case.tokens)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 if dtype == F32 else 0.1)
 
@@ -270,8 +276,7 @@ def test_what_is_merged_is_what_was_trained(rank, dtype, monkeypatch):
         if rank:
             riding = given[-1]
             with torch.no_grad():
-                shown = riding.gates(1.0)
-                unmerged.append(next_token_loss(given[0], case.tokens, updates=riding.updates(), gates=shown)[1].item())
+                unmerged.append(next_token_loss(given[0], case.tokens, updates=riding.updates())[1].item())
         return reports[-1]
 
     monkeypatch.setattr(learning, "train", trained)
@@ -314,7 +319,7 @@ def test_units_that_do_nothing_go_first(name):
 @pytest.mark.parametrize("scope", ["group", "joint"])
 def test_gates_move_towards_the_budget(scope):
     case = sample(dtype=F32)
-    told = {**QUICK["gates"], "tokens": 1800, "scope": scope, "lr": 0.1}
+    told = {**QUICK["gates"], "tokens": 1800, "scope": scope}
     allocation = {"type": "global_score", "normalise": "none"} if scope == "joint" else "uniform"
     context = schedule_context(case, told, 0.2, allocation=allocation)
     seen = []

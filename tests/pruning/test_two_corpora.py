@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from adasearch import data
-from adasearch.checks import corpora
 from adasearch.config import CalibrationConfig, TrialConfig, UnitsConfig, study_from_dict
 from adasearch.library import REPOSITORY, load_recipe
 from adasearch.pruning import calibration, importance, schedule
 from adasearch.pruning.statistics import by_corpus
+from adasearch.text_checks import corpora_of
 from tests.pruning.sample import component, sample, sequence_gradients, tokens
 from tests.test_workbench import bench, corpus  # noqa: F401 - fixtures
 
@@ -103,16 +103,16 @@ def test_every_corpus_that_a_study_reads_has_its_place(tmp_path):
         trial={"calibration": {"corpus": "pydoc"}, "importance": inner},
         recipes={"r": {"importance": {"type": "two_corpora", "corpus": "recipe.txt"}}},
     )
-    assert corpora(study) == {
+    assert corpora_of(study) == {
         "pydoc": "trial.calibration.corpus",
         "general.txt": "trial.importance.of.corpus",
         "recipe.txt": "recipes.r.importance.corpus",
     }
     space = {"importance": {"choice": ["flap", "two_corpora"]}}
     searched = _study(tmp_path, space=space, recipes=[])
-    assert corpora(searched) == {"pydoc": "trial.calibration.corpus", "stdlib": "space.importance"}
+    assert corpora_of(searched) == {"pydoc": "trial.calibration.corpus", "stdlib": "space.importance"}
     space |= {"importance.two_corpora.corpus": {"choice": ["a.txt", "b.txt", "c.txt"]}}
-    found = corpora(_study(tmp_path, space=space))
+    found = corpora_of(_study(tmp_path, space=space))
     assert {found[name] for name in ("a.txt", "b.txt", "c.txt")} == {"space.importance.two_corpora.corpus"}
 
 

@@ -159,7 +159,7 @@ def result_of(task: Assignment, faults: Faults) -> TrialResult:
     score = objective(task.config) + faults.noise * draw.gauss(0, 1)
     task_score = TaskScore(
         task="cloze/pydoc", n=50, acc=0.5, acc_stderr=0.07, acc_norm=None, acc_norm_stderr=None,
-        margin=score, margin_stderr=0.01,
+        margin=score, margin_stderr=0.01, log_score=score, log_score_stderr=0.01,
     )  # fmt: skip
     first = Rung(kind="divergence", share=0.0, value=1 - score, stderr=0.02, seconds=0.001, spent=0.001)
     asked = next((gate for gate in task.gates if gate.kind == "divergence"), None)

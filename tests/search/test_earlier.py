@@ -15,7 +15,8 @@ from adasearch.errors import ConfigError
 from adasearch.records import Failure, Record, write_json, write_record
 from adasearch.search.driver import Assignment
 from adasearch.search.earlier import MIN_USABLE, freeze, gather, scored_trials
-from adasearch.search.study import rebuild
+from adasearch.search.samplers import MODELLED_TRIALS
+from adasearch.search.study import open_study, rebuild
 from adasearch.sections import SamplerConfig
 from tests.search.synthetic import BASE, DIMENSIONS, Faults, Stop, make_space, make_study, result_of, search, table
 
@@ -184,6 +185,16 @@ def test_without_warm_start_nothing_is_read_or_written(tmp_path):
     study = make_study()
     assert freeze(study, make_space(study), tmp_path) == ()
     assert not (tmp_path / "prior.json").exists()
+
+
+def test_a_sampler_that_was_chosen_says_too_what_it_takes_of_earlier_runs(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    study = later(make_run(tmp_path / "a"), trials=MODELLED_TRIALS + 1, sampler=SamplerConfig(type="auto"))
+    (out := tmp_path / "b").mkdir()
+    opened = open_study(out, study, make_space(study))
+    opened.proposed([])
+    opened.close()
+    assert "sampler tpe takes start trials from earlier runs, no more" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["botorch", "tpe"])

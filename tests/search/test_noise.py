@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from adasearch.search.noise import Consensus, paired_errors
+from adasearch.search.noise import Consensus, excess, paired_errors, paired_variances, score_variances
 
 
 def values_of(trials=8, items=4000, seed=0, own=0.3):
@@ -66,3 +66,16 @@ def test_errors_of_many_trials_are_those_against_the_others():
 
 def test_one_trial_alone_has_no_paired_error():
     assert paired_errors({0: values_of(trials=1)[0]}, {}) == {}
+
+
+def test_a_trial_without_a_paired_error_takes_the_median():
+    assert paired_variances(np.array([np.nan, 0.1, 0.3, 0.2])).tolist() == pytest.approx([0.04, 0.01, 0.09, 0.04])
+    assert paired_variances(np.array([np.nan])).tolist() == [0.0]
+
+
+def test_of_plain_errors_what_is_above_the_least_counts():
+    assert excess(np.array([3.0, 2.0, 5.0])).tolist() == [1.0, 0.0, 3.0]
+    plain, none = np.array([0.3, np.nan, 0.1]), np.full(3, np.nan)
+    assert score_variances(none, plain).tolist() == pytest.approx([0.09, 0.0, 0.01])
+    assert score_variances(none, plain[[0, 2]]).tolist() == pytest.approx([0.08, 0.0])
+    assert score_variances(np.array([0.2, np.nan, 0.2]), plain).tolist() == pytest.approx([0.04] * 3)

@@ -13,7 +13,6 @@ from adasearch.search.sampler import (
     BoTorchSampler,
     distributions,
     from_distribution,
-    paired_variances,
     region_length,
     to_distribution,
 )
@@ -142,11 +141,6 @@ class TestRegion:
     def test_it_starts_anew_when_it_is_too_small(self):
         lengths = [region_length(np.concatenate([[1.0], np.zeros(15 * k)]), 60) for k in range(6)]
         assert lengths == [0.8, 0.4, 0.2, 0.1, 0.05, 0.8]
-
-
-def test_a_trial_without_a_paired_error_takes_the_median():
-    assert paired_variances(np.array([np.nan, 0.1, 0.3, 0.2])).tolist() == pytest.approx([0.04, 0.01, 0.09, 0.04])
-    assert paired_variances(np.array([np.nan])).tolist() == [0.0]
 
 
 def test_what_moves_scores_against_each_other_counts_as_noise(space):

@@ -9,7 +9,7 @@ from adasearch.pareto import hypervolume
 from adasearch.search import several
 from adasearch.search.sampler import BoTorchSampler
 from adasearch.search.several import Results, parents, propose_several
-from adasearch.search.surrogate import FitError
+from adasearch.search.surrogate import Candidates, FitError
 
 REFERENCE = np.array([-0.2, -1.05])
 
@@ -41,7 +41,8 @@ def candidates_of(q=60, d=3, seed=1):
 
 def run(data, candidates=None, free=True, snap=lambda index, row: row, seed=0, num=3):
     candidates = candidates_of(d=data.points.shape[1]) if candidates is None else candidates
-    return propose_several(data, candidates, np.full(candidates.shape, free), snap, seed, num)
+    where = Candidates(points=candidates, free=np.full(candidates.shape, free), snap=snap)
+    return propose_several(data, where, seed, num)
 
 
 def test_the_same_seed_gives_the_same_points_and_leaves_the_callers_state_alone():
@@ -96,7 +97,8 @@ def test_fixed_columns_stay_and_moved_points_are_rounded_to_what_exists():
     candidates = candidates_of()
     free = np.zeros(candidates.shape, dtype=bool)
     free[:, 0] = True
-    found = propose_several(data_of(), candidates, free, lambda i, row: np.array([round(row[0], 1), *row[1:]]), 0, 999)
+    snap = lambda i, row: np.array([round(row[0], 1), *row[1:]])  # noqa: E731
+    found = propose_several(data_of(), Candidates(points=candidates, free=free, snap=snap), 0, 999)
     moved = [p for p in found if not np.array_equal(p.features, candidates[p.index])]
     assert moved
     for p in moved:

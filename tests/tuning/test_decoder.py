@@ -103,24 +103,26 @@ def made(*shape, seed=0):
     return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
 
 
-def projection(outputs, inputs, seed, dropout=0.0):
+def projection(outputs, inputs, seed, dropout=0.0, gained=False):
     factors = made(2, inputs, seed=seed + 1), made(outputs, 2, seed=seed + 2)
-    return Projection(made(outputs, inputs, seed=seed), made(outputs, seed=seed), *factors, 1.7, dropout)
+    gain = made(outputs, seed=seed + 3) if gained else None
+    scale = 1.7 + seed / 10
+    return Projection(made(outputs, inputs, seed=seed), made(outputs, seed=seed), *factors, scale, dropout, gain)
 
 
 def flat(projections):
-    return [tensor for p in projections for tensor in p[:4]]
+    return [tensor for p in projections for tensor in p.tensors]
 
 
 def again(projections, values):
-    parts = [values[4 * i : 4 * i + 4] for i in range(len(projections))]
-    return tuple(Projection(*part, p.scale, p.dropout) for part, p in zip(parts, projections, strict=True))
+    parts = [values[5 * i : 5 * i + 5] for i in range(len(projections))]
+    return tuple(Projection(*part[:4], p.scale, p.dropout, part[4]) for part, p in zip(parts, projections, strict=True))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_gradients_of_projections_are_the_differences_of_their_values(dropout):
-    reads = (projection(4, 5, 0, dropout), projection(3, 5, 10, dropout))
-    down = projection(5, 3, 20, dropout)
+@pytest.mark.parametrize(("dropout", "gained"), [(0.0, False), (0.4, False), (0.4, True)])
+def test_gradients_of_projections_are_the_differences_of_their_values(dropout, gained):
+    reads = (projection(4, 5, 0, dropout), projection(3, 5, 10, dropout, gained))
+    down = projection(5, 3, 20, dropout, gained)
 
     def read(x, norm, *values):
         torch.manual_seed(4)
@@ -160,6 +162,16 @@ def test_dropout_keeps_the_mean_and_only_touches_the_update():
     spread = (dropped - base).std(0)
     assert (spread > 0.1).all()
     torch.testing.assert_close(dropped.mean(0), kept.mean(0), rtol=0, atol=5 * spread.max().item() / 4000**0.5)
+
+
+def test_a_gain_and_a_scale_of_its_own_act_on_each_projection():
+    x, norm = made(6, 5).detach(), torch.ones(5, dtype=torch.float64)
+    reads = (projection(4, 5, 0, gained=True), projection(3, 5, 10))
+    rows = kernels.rms_norm(x, norm, 1e-5)
+    with torch.no_grad():
+        for found, p in zip(kernels.norm_project(x, norm, 1e-5, reads), reads, strict=True):
+            gain = 1.0 if p.gain is None else p.gain
+            torch.testing.assert_close(found, gain * (rows @ (p.weight + p.scale * p.b @ p.a).T) + p.bias)
 
 
 def test_updates_of_some_modules_only():

@@ -1,6 +1,7 @@
 """Scores and their standard errors against values worked out by hand; perplexity against the definition."""
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adasearch.config import TaskScore
+from adasearch.config import TaskScore, mean_of
 from adasearch.errors import DataError, TrialError
+from adasearch.sections import Metric
 from adasearch.tuning import evaluation
 from adasearch.tuning.items import Item
 from tests.tuning import sample
@@ -54,11 +56,57 @@ def test_the_margin_lies_in_its_range_and_rises_with_the_right_choice(values, da
     assert evaluation.item_values([one], [np.zeros(len(values))], "margin")[0] == pytest.approx(0, abs=1e-12)
 
 
+def log_score(values, gold, **facts):
+    one = item(gold=gold, contexts=("c",), choices=("abc",) * len(values), **facts)
+    return evaluation.item_values([one], [np.array(values, dtype=float)], "log_score")[0]
+
+
+@pytest.mark.parametrize("gold", [0, 1, 2])
+@pytest.mark.parametrize("acc_norm", [True, False])
+def test_the_log_score_is_chance_corrected_logarithm_of_the_probability_per_character(gold, acc_norm):
+    logliks, lengths = [-4.0, -3.0, -9.5], (4, 2, 5)
+    weights = [math.exp(x / n if acc_norm else x) for x, n in zip(logliks, lengths, strict=True)]
+    expected = math.log(3 * weights[gold] / sum(weights)) / math.log(3)
+    assert log_score(logliks, gold, lengths=lengths, acc_norm=acc_norm) == pytest.approx(expected)
+
+
+@given(st.lists(st.floats(-1e4, 0), min_size=2, max_size=6), st.data())
+def test_the_log_score_is_at_most_one_and_rises_with_the_right_choice(values, data):
+    gold, count = data.draw(st.integers(0, len(values) - 1)), len(values)
+    found = log_score(values, gold, lengths=(3,) * count)
+    assert math.isfinite(found)
+    assert found <= 1
+    raised = [x + 1.0 if i == gold else x for i, x in enumerate(values)]
+    assert log_score(raised, gold, lengths=(3,) * count) >= found
+    if found < 0.999:  # where the probability is not all but 1, it rises in truth
+        assert log_score(raised, gold, lengths=(3,) * count) > found
+    one = item(gold=gold, lengths=(3,) * count, choices=("abc",) * count)
+    margin = evaluation.item_values([one], [np.array(values)], "margin")[0]
+    assert (1 - 1 / count) * margin + 1 / count == pytest.approx(count ** (found - 1), abs=1e-9)  # both are of one p
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_the_log_score_at_chance_at_certainty_and_at_ties(count):
+    lengths = (3,) * count
+    assert log_score([-7.0] * count, 0, lengths=lengths) == pytest.approx(0, abs=1e-12)
+    assert log_score([0.0] + [-1e4] * (count - 1), 0, lengths=lengths) == 1.0
+    for gold in (0, 1):  # neither of two equal choices is preferred: p is a half
+        tied = log_score([-1.0, -1.0] + [-1e4] * (count - 2), gold, lengths=lengths)
+        assert tied == pytest.approx(1 - math.log(2) / math.log(count))
+    # e^-3000 is no float, its logarithm is
+    assert log_score([-9e3] + [0.0] + [-1e5] * (count - 2), 0, lengths=lengths) == pytest.approx(
+        1 - 3000 / math.log(count)
+    )
+
+
 def test_task_scores_carry_standard_errors():
     items = [item(gold=gold) for gold in (0, 1, 1, 1)]
     score = evaluation.task_score(items, [LOGLIKS] * 4)
     assert (score.task, score.n, score.acc, score.acc_norm) == ("made", 4, 0.75, 0.25)
     assert score.acc_stderr == pytest.approx(np.std([0, 1, 1, 1], ddof=1) / 2)
+    for metric in get_args(Metric):
+        values = evaluation.item_values(items, [LOGLIKS] * 4, metric)
+        assert score.of(metric) == pytest.approx((values.mean(), values.std(ddof=1) / 2))
     bare = evaluation.task_score([item(acc_norm=False)], [LOGLIKS])
     assert (bare.acc_norm, bare.acc_norm_stderr, bare.acc_stderr) == (None, None, 0.0)
 
@@ -66,12 +114,14 @@ def test_task_scores_carry_standard_errors():
 def test_the_objective_is_the_mean_over_tasks():
     one = evaluation.task_score([item(gold=gold) for gold in (0, 1, 1)], [LOGLIKS] * 3)
     two = evaluation.task_score([item(acc_norm=False), item(acc_norm=False, gold=1)], [LOGLIKS] * 2)
-    for metric in ("margin", "acc"):
-        value, error = evaluation.objective([one, two], metric)
+    for metric in ("margin", "log_score", "acc"):
+        value, error = mean_of([one, two], metric)
         assert value == pytest.approx((getattr(one, metric) + getattr(two, metric)) / 2)
         errors = getattr(one, f"{metric}_stderr"), getattr(two, f"{metric}_stderr")
         assert error == pytest.approx(math.sqrt(errors[0] ** 2 + errors[1] ** 2) / 2)
-    assert evaluation.objective([two], "acc_norm") == (two.acc, two.acc_stderr)
+    assert mean_of([two], "acc_norm") == (two.acc, two.acc_stderr)
+    assert mean_of([one, two], "acc_norm")[0] == pytest.approx((one.acc_norm + two.acc) / 2)
+    assert all(math.isnan(x) for x in mean_of([], "margin"))
     assert isinstance(one, TaskScore)
 
 

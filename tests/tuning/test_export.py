@@ -21,8 +21,9 @@ from adasearch.pruning import architectures, surgery
 from adasearch.pruning.plan import PruningPlan, make_plan
 from adasearch.pruning.projection import project
 from adasearch.records import FinalRecord
+from adasearch.registry import EXPORT
 from adasearch.sections import BudgetConfig
-from adasearch.tuning.export import MARKER, SUMS, ModelCard, _verify, hf
+from adasearch.tuning.export import MARKER, SUMS, Goods, ModelCard, _folder, _verify, hf
 
 LAYERS = 3
 CONFIGS = {
@@ -42,8 +43,13 @@ class Case:
     plan: PruningPlan
     model: Any
 
-    def export(self, folder: Path, **options: Any) -> Any:
-        return hf.export(self.model, self.base, self.structure, self.plan, folder, CARD, **options)
+    @property
+    def goods(self) -> Goods:
+        return Goods(model=self.model, base=self.base, structure=self.structure, plan=self.plan, card=CARD)
+
+    def export(self, folder: Path, options: Any = None, *, name: str = "hf", **settings: Any) -> Any:
+        entry = EXPORT.get(name)
+        return entry.function(self.goods, folder, options or entry.options(), **settings)
 
 
 SCORE = TaskScore(
@@ -71,6 +77,28 @@ def tokenizer() -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="w0")
 
 
+MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("Ġ", "a")]
+BYTES = 272
+"""Rows of an embedding that has room for every byte."""
+
+
+def byte_tokenizer() -> Any:
+    """Byte-level BPE with a few merges: any text goes in and comes out again."""
+    from tokenizers import Tokenizer, decoders
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    names = ["<pad>", "<bos>", "<eos>", *sorted(ByteLevel.alphabet()), *("".join(pair) for pair in MERGES)]
+    raw = Tokenizer(BPE(vocab={name: i for i, name in enumerate(names)}, merges=MERGES))
+    raw.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+    made.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return made
+
+
 def make_base(family: str, folder: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> models.BaseModel:
     sizes = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": LAYERS}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6, "tie_word_embeddings": True}
@@ -82,7 +110,12 @@ def make_base(family: str, folder: Path, *, dtype: torch.dtype = torch.float32, 
     weights = {name: p.detach() for name, p in model.named_parameters()}
     shape = models.shape_of(config)
     return models.BaseModel(
-        folder=folder, config=config, tokenizer=tokenizer(), shape=shape, weights=weights, dtype=dtype
+        folder=folder,
+        config=config,
+        tokenizer=byte_tokenizer() if shape.vocabulary >= BYTES else tokenizer(),
+        shape=shape,
+        weights=weights,
+        dtype=dtype,
     )
 
 
@@ -275,8 +308,7 @@ class TestDamage:
         state = load_file(copy / "model.safetensors")
         state["model.norm.weight"] += 1
         save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
-        hf._seal(copy)
-        (copy / SUMS).write_text("".join(x for x in (copy / SUMS).open() if not x.rstrip().endswith(SUMS)))
+        _folder.seal(copy)
         assert "logits differ" in loading.verify(copy, fresh=False).problems[0]
 
     def test_truncated_weights_cannot_be_loaded(self, copy: Path) -> None:
@@ -346,11 +378,19 @@ class TestUniform:
         with pytest.raises(RuntimeError, match="per-layer"):
             transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / "out")
 
-    def test_sharded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(hf, "SHARD", "20KB")
-        case = make_case("llama", tmp_path, UNEVEN)
-        assert case.export(tmp_path / "out").verified.sound
-        assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    @pytest.mark.parametrize("widths", [UNEVEN, [(3, 24)] * LAYERS])
+    def test_sharded(self, tmp_path: Path, widths: list[tuple[int, int]]) -> None:
+        case = make_case("llama", tmp_path, widths)
+        assert case.export(tmp_path / "out", hf.HfOptions(shard="20KB")).verified.sound
+        shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+        assert len(shards) > 1
+        assert all(shard.stat().st_size < 30_000 for shard in shards)
+        index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+        assert set(index["weight_map"].values()) == {shard.name for shard in shards}
+        listed = (tmp_path / "out" / SUMS).read_text()
+        assert all(name in listed for name in ("index.json", *(shard.name for shard in shards)))
+        opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+        assert torch.equal(logits(opened), logits(case.model))
 
     def test_generation_config_is_that_of_the_base(self, tmp_path: Path) -> None:
         (tmp_path / "generation_config.json").write_text('{"max_length": 99}')
@@ -389,20 +429,20 @@ class TestTarget:
     def test_model_that_is_not_the_plan(self, case: Case, tmp_path: Path) -> None:
         other = make_case("llama", tmp_path, [(2, 16)] * LAYERS)
         with pytest.raises(ModelError, match="by the plan"):
-            hf.export(other.model, case.base, case.structure, case.plan, tmp_path / "out", CARD)
+            Case(case.base, case.structure, case.plan, other.model).export(tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
     def test_what_does_not_open_is_not_left_behind(
         self, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        write = hf._write_weights
+        write = hf.write_weights
 
-        def damaged(model: Any, draft: Path) -> None:
-            write(model, draft)
+        def damaged(state: Any, draft: Path, shard: str, *, tied: bool) -> None:
+            write(state, draft, shard, tied=tied)
             path = draft / "model.safetensors"
             path.write_bytes(path.read_bytes()[:-100])
 
-        monkeypatch.setattr(hf, "_write_weights", damaged)
+        monkeypatch.setattr(hf, "write_weights", damaged)
         with pytest.raises(ModelError, match="not written"):
             case.export(tmp_path / "out")
         assert list(tmp_path.iterdir()) == []

@@ -10,11 +10,12 @@ from adasearch.config import component
 from adasearch.errors import ConfigError, TrialError
 from adasearch.pruning import surgery
 from adasearch.registry import RECOVERY
-from adasearch.tuning.recovery import RecoveryContext, lora
+from adasearch.tuning.recovery import RecoveryContext
 from adasearch.tuning.training import Lesson, Masters, TrainingConfig, learning_rate, next_token_loss, sequences
 from tests import tiny
 
 LENGTH, BATCH = 16, 4
+TRAINING = [name for name in RECOVERY.names() if name != "none"]
 
 
 def cut_model(family="llama", dtype=torch.float32, **changes):
@@ -115,93 +116,6 @@ def test_learning_rate_rises_to_its_top_and_falls(steps, warmup):
     assert rates[top:] == sorted(rates[top:], reverse=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merged_lora_equals_the_updates(dtype, monkeypatch):
-    model, structure = cut_model(dtype=dtype)
-    ids = stream(64, seed=9).view(4, 16)
-    seen = {}
-    merge = lora.merge
-
-    def spy(module, update):
-        same = {m: u._replace(a=u.a.to(dtype), b=u.b.to(dtype)) for m, u in updates.items()}
-        seen.setdefault("before", next_token_loss(model, ids, updates=same)[1])
-        merge(module, update)
-
-    train, updates = lora.train, {}
-    monkeypatch.setattr(lora, "train", lambda *given: updates.update(given[-1].updates()) or train(*given))
-    monkeypatch.setattr(lora, "merge", spy)
-    before = plain_loss(model, ids)
-    recover("lora", model, structure, lr=1e-2)
-    assert plain_loss(model, ids).item() < before.item() - 0.01
-    assert plain_loss(model, ids).item() == pytest.approx(
-        seen["before"].item(), abs=1e-5 if dtype == torch.float32 else 3e-2
-    )
-
-
-def peft_losses(model, structure, tokens, given):
-    """Train with PEFT's adapters, autograd and torch's AdamW; the plain way, for float32."""
-    import peft
-
-    run = TrainingConfig.of(given)
-    names = [n for n, m in model.named_modules() if n.rpartition(".")[2] in structure.lora_targets]
-    settings = peft.LoraConfig(r=given.rank, lora_alpha=given.alpha, target_modules=names)
-    tuned = peft.get_peft_model(model, settings)
-    with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
-            if "lora_A" in name:
-                parameter.copy_(torch.linspace(-0.1, 0.1, parameter.numel()).view_as(parameter))
-    moving = [p for p in tuned.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(moving, betas=(0.9, 0.95), weight_decay=0.0)
-    losses = []
-    for step, ids in enumerate(sequences(tokens, run)):
-        loss = tuned(input_ids=ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(moving, run.grad_clip)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, run)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses, tuned.merge_and_unload()
-
-
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_loss_curve_and_merged_weights_are_those_of_peft_and_autograd(family, monkeypatch):
-    model, structure = cut_model(family)
-    twin = copy.deepcopy(model)
-
-    def start(factor, **_):
-        return factor.data.copy_(torch.linspace(-0.1, 0.1, factor.numel()).view_as(factor))
-
-    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", start)
-    report = recover("lora", model, structure, rank=3, alpha=9.0, lr=5e-3)
-    monkeypatch.undo()
-    losses, merged = peft_losses(twin, structure, stream(), options("lora", rank=3, alpha=9.0, lr=5e-3))
-    assert report.losses[-1] < report.losses[0] - 0.1
-    assert report.losses == pytest.approx(losses, abs=2e-5)
-    for name, plain in merged.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], plain, rtol=1e-3, atol=2e-4, msg=name)
-
-
-@pytest.mark.parametrize(("targets", "moved"), [("attention", "self_attn"), ("mlp", "mlp")])
-def test_lora_targets_move_only_what_they_name(targets, moved):
-    model, structure = cut_model()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    recover("lora", model, structure, targets=targets)
-    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed
-    assert all(f".{moved}." in name for name in changed)
-
-
-def test_lora_scale_is_alpha_over_rank():
-    results = []
-    for alpha, rank in [(8.0, 4), (8.0, 4), (16.0, 4)]:
-        model, structure = cut_model()
-        recover("lora", model, structure, alpha=alpha, rank=rank)
-        results.append(model.state_dict()["model.layers.0.mlp.up_proj.weight"])
-    assert torch.equal(results[0], results[1])
-    assert not torch.equal(results[0], results[2])
-
-
 def test_masters_gather_updates_below_the_resolution_of_bfloat16():
     parameter = torch.nn.Parameter(torch.ones(3, 2, dtype=torch.bfloat16))
     masters = Masters([parameter], TrainingConfig(tokens=1, length=8, batch=1, lr=1e-3))
@@ -216,7 +130,7 @@ def test_masters_gather_updates_below_the_resolution_of_bfloat16():
     assert masters.copies[0][0, 0].item() == pytest.approx(0.99, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["lora", "full"])
+@pytest.mark.parametrize("name", TRAINING)
 def test_distillation_asks_for_the_dense_model(name):
     model, structure = cut_model()
     with pytest.raises(TrialError, match="needs the dense model"):
@@ -228,16 +142,16 @@ def test_distillation_asks_for_the_dense_model(name):
     assert all(p.grad is None for p in teacher.parameters())
 
 
-@pytest.mark.parametrize("name", ["lora", "full"])
+@pytest.mark.parametrize("name", TRAINING)
 def test_weights_that_are_not_finite_are_told(name):
     model, structure = cut_model()
     model.model.norm.weight.data[0] = math.nan
     with pytest.raises(TrialError, match="step 1 of 8") as caught:
-        recover(name, model, structure)
+        recover(name, model, structure, context=RecoveryContext(teacher=cut_model()[0]))
     assert (caught.value.kind, caught.value.phase) == ("nan", "recover")
 
 
-@pytest.mark.parametrize("name", ["lora", "full"])
+@pytest.mark.parametrize("name", TRAINING)
 def test_an_error_in_the_middle_leaves_no_adapter(name):
     model, structure = cut_model()
     names = list(model.state_dict())
@@ -248,7 +162,7 @@ def test_an_error_in_the_middle_leaves_no_adapter(name):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        recover(name, model, structure, context=RecoveryContext(seed=0, report=stop))
+        recover(name, model, structure, context=RecoveryContext(report=stop, teacher=cut_model()[0]))
     assert list(model.state_dict()) == names
     assert not hasattr(model, "peft_config")
     assert not any(p.requires_grad for p in model.parameters())

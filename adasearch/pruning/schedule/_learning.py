@@ -14,11 +14,9 @@ Shape letters: U units of a group, D hidden size, F input features of an output 
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adasearch import models
 from adasearch.pruning import calibration, compensation
@@ -49,12 +47,6 @@ def masks(context: ScheduleContext, plan: PruningPlan) -> dict[str, Tensor]:
     return found
 
 
-def _scaled(weight: Tensor, factor: Tensor) -> Tensor:
-    """Return a weight (D × F) times a factor of each column, in float32 where it has fewer digits, rounded once."""
-    wide = weight.float() if weight.element_size() < 4 else weight
-    return (wide * factor.to(wide.dtype)).to(weight.dtype)
-
-
 class Training:
     """The dense model of a schedule on its way from the base weights, which it only reads, to those that are cut.
 
@@ -77,14 +69,9 @@ class Training:
         assert self._context.train is not None, "this schedule must be given a way to train"
         self._context.train(self.model, learner)
 
-    def end(self, plan: PruningPlan, gates: Mapping[str, Tensor]) -> Decision:
-        """Fold gates (U by name of group) into the output projections and return what was decided."""
+    def end(self, plan: PruningPlan) -> Decision:
+        """Return what was decided, with the weights that changed."""
         context, model = self._context, self.model
-        for name, factor in gates.items():
-            group = context.structure.group(name)
-            module = cast("nn.Linear", model.get_submodule(group.output))
-            folded = _scaled(module.weight.detach(), factor.detach().repeat_interleave(group.output_block))
-            module.weight = nn.Parameter(folded, requires_grad=False)
         wanted = compensation.needs(context.trial.compensation)
         statistics = calibration.collect(model, context.structure, context.tokens(), wanted) if wanted else None
         weights = {
@@ -129,7 +116,6 @@ class Ramped(Learner):
         return self._masks
 
     def plan(self) -> PruningPlan:
-        """Return which units stay: those that the last steps were made with, where the ramp was at its end."""
-        if self._plan is None or self._part < 1.0:
-            return self._context.plan(self.scores())
+        """Return which units the last masks leave."""
+        assert self._plan is not None, "the ramp must have begun"
         return self._plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -32,10 +33,8 @@ class GatesOptions(LearningOptions):
         scope: ``group`` has the allocator say, before any learning, how much stays of each group, and the gates which
             units; ``joint`` has one constraint over all units, by parameters, and the allocator sees the gates at the
             end: take `global_score` without normalisation.
-        soft: mu of the retention score at the start.
+        soft: mu of the retention score at the start; above 1 / 2, so that gates of 1 feel a pull.
         sharp: mu at the end.
-        pace: exponent of the share of the steps in mu. Gates above 2 mu feel no pull, so that mu must fall more slowly
-            than they do: the published 1 / 2 is for thousands of steps.
         penalty: weight of the squared gap to what shall stay, over the mean gradient of a gate.
         ascent: of the gap's multiplier over the whole run, at a gap of 1, in the same unit.
         binary: weight of s (1 - s), in the same unit.
@@ -44,10 +43,9 @@ class GatesOptions(LearningOptions):
     lr: Positive = 0.05
     distill: NonNegative = 2.0
     scope: Literal["group", "joint"] = "group"
-    soft: Positive = 0.5
-    sharp: Positive = 0.05
-    pace: Positive = 2.0
-    penalty: NonNegative = 2.0
+    soft: Positive = 0.6
+    sharp: Positive = 0.1
+    penalty: NonNegative = 6.0
     ascent: NonNegative = 20.0
     binary: NonNegative = 0.5
 
@@ -108,9 +106,13 @@ class Gates(Learner):
 
     @property
     def mu(self) -> float:
-        """Return mu_t = mu_0 - (mu_0 - mu_T) (t / T)^pace."""
+        """Return mu_t = mu_0 - (mu_0 - mu_T) (p + sin(pi p) / pi), p the share of the steps.
+
+        The last factor is the part of all learning rates of a cosine that is spent by then: mu falls as gates can move.
+        Gates above 2 mu feel no pull, and the published root of p outruns them in short runs.
+        """
         soft, sharp = self._options.soft, self._options.sharp
-        return soft - (soft - sharp) * self._done**self._options.pace
+        return soft - (soft - sharp) * (self._done + math.sin(math.pi * self._done) / math.pi)
 
     def _parts(self, constraint: Constraint) -> tuple[Tensor, Tensor]:
         """Return the retention scores of a constraint's units and the share of each in their parameters."""
@@ -140,7 +142,7 @@ class Gates(Learner):
     def graded(self, updates: Mapping[str, LowRank]) -> None:  # noqa: ARG002 - there are none
         """Take the scale from the first gradient; let the multipliers follow the gaps."""
         if self._scale is None:
-            self._scale = sum(float(z.grad.abs().sum()) for z in self._z.values() if z.grad is not None)
+            self._scale = math.fsum(float(z.grad.abs().sum()) for z in self._z.values() if z.grad is not None)
         for constraint, gap in zip(self.constraints, self._gaps, strict=False):
             constraint.multiplier += self._options.ascent * self._progress * gap
 
@@ -163,8 +165,8 @@ def decide(context: ScheduleContext, options: GatesOptions) -> Decision:
     Weights are frozen. A unit is multiplied by m = relu(z), which may exceed 1, and a score s (`retention`) that
     sharpens on the way says how far it counts as kept; the loss is CE + eta KL(dense || gated) plus what pulls the
     mean of s, by parameters, to the budget. There is no noise, so the gated model is the one that is cut. Ours are the
-    scale of that pull, its augmented Lagrangian with dual ascent on the multiplier alone, the start from a criterion,
-    and the cut itself: it keeps the units of the largest z at widths that meet the budget exactly.
+    scale of that pull, its augmented Lagrangian with dual ascent on the multiplier alone, the pace of the sharpening,
+    the start from a criterion, and the cut itself: it keeps the units of the largest z at widths that meet the budget.
 
     Raises:
         ConfigError: no widths meet the budget.
@@ -183,4 +185,4 @@ def decide(context: ScheduleContext, options: GatesOptions) -> Decision:
         plan = context.plan(learned)
     else:
         plan = make_plan(structure, context.trial.units, learned, widths, context.biases)
-    return training.end(plan, {name: part.detach().relu() for name, part in z.items()})
+    return training.end(plan)

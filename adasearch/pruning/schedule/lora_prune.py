@@ -10,7 +10,7 @@ from torch import Tensor
 from adasearch.documents import Count, Share, value
 from adasearch.pruning.learning import LowRank, RampOptions
 from adasearch.pruning.schedule import Decision, ScheduleContext
-from adasearch.pruning.schedule._learning import Ramped, Training, masks, prior
+from adasearch.pruning.schedule._learning import Ramped, Training, prior
 from adasearch.pruning.structure import Group
 from adasearch.registry import SCHEDULE
 
@@ -95,5 +95,4 @@ def decide(context: ScheduleContext, options: LoraPruneOptions) -> Decision:
     learner = _Judged(context, options, dict(training.model.named_parameters()))
     context.plan(learner.scores())  # a budget that cannot be met is told before any training
     training.run(learner)
-    plan = learner.plan()
-    return training.end(plan, masks(context, plan))
+    return training.end(learner.plan())

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from adasearch.documents import Index, Positive, value
 from adasearch.pruning.learning import RampOptions
 from adasearch.pruning.schedule import Decision, ScheduleContext
-from adasearch.pruning.schedule._learning import Ramped, Training, masks, prior
+from adasearch.pruning.schedule._learning import Ramped, Training, prior
 from adasearch.registry import SCHEDULE
 
 
@@ -63,5 +63,4 @@ def decide(context: ScheduleContext, options: MovementOptions) -> Decision:
     training, learner = Training(context), _Moving(context, options)
     context.plan(learner.scores())  # a budget that cannot be met is told before any training
     training.run(learner)
-    plan = learner.plan()
-    return training.end(plan, masks(context, plan))
+    return training.end(learner.plan())

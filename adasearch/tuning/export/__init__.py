@@ -1,18 +1,29 @@
-"""Open set of export formats: one file each, called ``export(model, base, structure, plan, folder, card)``.
+"""Open set of export formats, one file each.
 
-An entry takes the pruned model (`nn.Module`), the `BaseModel` it came from, its `ModelStructure` and `PruningPlan`, the
-folder to make and the `ModelCard`, and returns an `ExportReport`. It writes beside the folder, opens what it wrote,
-compares it with the model, and only then gives it its name; keyword `overwrite` lets it replace an earlier export.
+Signature of an entry::
+
+    export(goods: Goods, folder: Path, options, *, overwrite: bool = False) -> ExportReport
+
+It writes beside the folder, opens what it wrote, compares it with the model, and only then gives it its name (see
+`_folder.publish`); `overwrite` lets it replace an earlier export. Its options have a `label`, which tells the folders
+of several formats of one model apart. It is registered with the fact `open`: a function (folder, device) -> model that
+reads the export back, for `adasearch verify` and `adasearch.load`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from adasearch.documents import value
 from adasearch.errors import ModelError
 from adasearch.records import FinalRecord
+
+if TYPE_CHECKING:
+    from adasearch.models import BaseModel
+    from adasearch.pruning.plan import PruningPlan
+    from adasearch.pruning.structure import ModelStructure
 
 MARKER = "adasearch.json"
 SUMS = "SHA256SUMS"
@@ -52,6 +63,30 @@ class ModelCard:
     versions: dict[str, str] | None = None
     command: str = ""
     licence: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Goods:
+    """What every format is made of.
+
+    Args:
+        model: the pruned (and recovered) model.
+        base: the model it came from; config and tokenizer are taken from it.
+        structure: groups of the base model.
+        plan: what was cut.
+        card: what the model card tells.
+    """
+
+    model: Any
+    base: BaseModel
+    structure: ModelStructure
+    plan: PruningPlan
+    card: ModelCard
+
+    @property
+    def dtype(self) -> str:
+        """Return the number format of the weights, such as ``bfloat16``."""
+        return str(self.model.dtype).removeprefix("torch.")
 
 
 @value
@@ -112,9 +147,12 @@ class ExportReport:
     Args:
         folder: the export.
         format: name of the entry.
-        layout: ``stock`` opens anywhere, ``per_layer`` needs adasearch or ``trust_remote_code=True``.
+        layout: ``stock`` opens anywhere, ``per_layer`` needs adasearch or ``trust_remote_code=True``, ``gguf`` is for
+            llama.cpp and what is built on it.
+        parameters: of the model as it is read back.
+        padding: how many of them are zeros that the plan has no part in.
         size: bytes of all files.
-        verified: what opening it showed, None for a format that cannot be opened here.
+        verified: what opening it showed.
     """
 
     folder: str
@@ -122,4 +160,5 @@ class ExportReport:
     layout: str
     parameters: int
     size: int
-    verified: VerifyReport | None
+    verified: VerifyReport
+    padding: int = 0

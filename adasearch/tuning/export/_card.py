@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 import yaml
 
 from adasearch.config import TaskScore
 from adasearch.tuning.export import ModelCard
+
+if TYPE_CHECKING:
+    from adasearch.pruning.plan import PruningPlan
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -21,6 +25,8 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/folder")"""
 _LOAD_PER_LAYER = """import adasearch
 
 model = adasearch.load("path/to/folder")  # runs no code from the folder"""
+
+_LOAD_GGUF = "llama-cli -m path/to/folder/model.gguf"
 
 _LOAD_TRUSTED = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -68,8 +74,24 @@ def _perplexities(card: ModelCard) -> list[str]:
 
 
 def _loading(layout: str) -> list[str]:
+    if layout == "gguf":
+        note = "llama.cpp and what is built on it (llama-cpp-python, Ollama, LM Studio) open it; with adasearch too:"
+        return [
+            "## How to load it",
+            "",
+            "```sh",
+            _LOAD_GGUF,
+            "```",
+            "",
+            note,
+            "",
+            "```python",
+            _LOAD_PER_LAYER,
+            "```",
+            "",
+        ]
     if layout == "stock":
-        note = "Every layer has the same widths, so the stock class of the family opens it."
+        note = "Every layer has the same widths, so a stock class of transformers opens it."
         return ["## How to load it", "", note, "", "```python", _LOAD_STOCK, "```", ""]
     note = "Layers differ from what the stock class can build. With adasearch installed:"
     lines = ["## How to load it", "", note, "", "```python", _LOAD_PER_LAYER, "```", ""]
@@ -104,17 +126,16 @@ def _front_matter(card: ModelCard) -> list[str]:
     return ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", ""]
 
 
-def model_card(card: ModelCard, *, title: str, layout: str, parameters: int, dense_parameters: int) -> str:
+def model_card(card: ModelCard, *, title: str, layout: str, plan: PruningPlan, notes: tuple[str, ...] = ()) -> str:
     """Return the text of the model card.
 
     Args:
         card: where the model came from and how it scored.
         title: heading.
-        layout: ``stock`` or ``per_layer``.
-        parameters: number of parameters.
-        dense_parameters: the same of the base model.
+        layout: see `ExportReport`.
+        plan: what was cut.
+        notes: what to know of this format.
     """
-    removed = 1 - parameters / dense_parameters
     origin = f"the published recipe `{_cell(card.recipe)}`" if card.recipe else "a configuration found by search"
     study = f" in study `{_cell(card.study)}`" if card.study else ""
     trial = f", trial {card.trial}" if card.trial is not None and card.trial >= 0 else ""
@@ -127,12 +148,13 @@ def model_card(card: ModelCard, *, title: str, layout: str, parameters: int, den
         "",
         "| | parameters |",
         "|---|---:|",
-        f"| dense | {dense_parameters:,} |",
-        f"| this model | {parameters:,} |",
-        f"| removed | {100 * removed:.2f} % |",
+        f"| dense | {plan.dense_parameters:,} |",
+        f"| this model | {plan.parameters:,} |",
+        f"| removed | {100 * plan.removed:.2f} % |",
         "",
         f"Licence: {_cell(licence)}.",
         "",
+        *(part for note in notes for part in (note, "")),
         *_loading(layout),
         *_scores(card),
         *_perplexities(card),

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adasearch.documents import parse, plain, value
-from adasearch.errors import AdaSearchError, ModelError
+from adasearch.errors import AdaSearchError, ConfigError, ModelError
+from adasearch.registry import EXPORT
 from adasearch.tuning.export import MARKER, SUMS, VerifyReport
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ NEW_TOKENS = 16
 SAMPLED = 16
 ANSWER = "adasearch-verify:"
 SECONDS = 3600
+WEIGHTS = ("*.safetensors", "*.gguf")
 
 
 @value
@@ -103,7 +105,7 @@ def check_files(folder: Path) -> tuple[int, list[str]]:
             problems.append(f"{name} is missing")
         elif sha256(folder / name) != digest:
             problems.append(f"{name} has changed since it was written")
-    stray = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in sums)
+    stray = sorted(p.name for kind in WEIGHTS for p in folder.glob(kind) if p.name not in sums)
     problems += [f"{name} is not listed in {SUMS}" for name in stray]
     if MARKER not in sums:
         problems.append(f"{SUMS} must list {MARKER}")
@@ -111,15 +113,12 @@ def check_files(folder: Path) -> tuple[int, list[str]]:
 
 
 def _open(folder: Path, device: str) -> Any:
-    """Open `folder` as a user does; the modelling file in it is run only when it is, byte for byte, our own."""
-    from adasearch import loading, modeling_adasearch
-
-    shipped = folder / modeling_adasearch.FILE_NAME
-    if not shipped.exists() or sha256(shipped) != sha256(Path(modeling_adasearch.__file__)):
-        return loading.load(folder, device=device)
-    from transformers import AutoModelForCausalLM
-
-    return loading.open_with(AutoModelForCausalLM, folder, dtype="auto", device=device, trust=True)
+    """Open `folder` as its format does, which the marker names."""
+    name = str(_marker(folder).get("format"))
+    try:
+        return EXPORT.get(name, f"{folder}/{MARKER}").facts["open"](folder, device)
+    except ConfigError as error:
+        raise ModelError(str(error)) from error
 
 
 def _cache_agrees(model: Any) -> bool:
@@ -146,7 +145,7 @@ def open_and_compare(folder: Path, reference: Path | None, device: str) -> Opene
     model = widened(_open(folder, device))
     logits = logits_of(model)
     if reference is None:
-        kept = json.loads((folder / MARKER).read_text(encoding="utf-8"))["logits"]
+        kept = _marker(folder)["logits"]
         difference = float((torch.tensor(sample_of(logits)) - torch.tensor(kept)).abs().max())
     else:
         difference = float((logits - load_file(reference)["logits"]).abs().max())
@@ -187,9 +186,10 @@ def _judge(opened: Opened, expected: int, tolerance: float) -> list[str]:
     return problems
 
 
-def _expected(folder: Path) -> int:
+def _marker(folder: Path) -> dict[str, Any]:
     try:
-        return int(json.loads((folder / MARKER).read_text(encoding="utf-8"))["parameters"])
+        data = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        return {**data, "parameters": int(data["parameters"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}: must be an export of adasearch with a readable {MARKER}: {error}") from error
 
@@ -207,7 +207,7 @@ def verify(folder: Path, *, reference: Path | None = None, device: str = "cpu", 
         ModelError: `folder` is no export of adasearch.
     """
     folder = Path(folder)
-    expected = _expected(folder)
+    expected = _marker(folder)["parameters"]
     files, problems = check_files(folder)
     opened = Opened(parameters=0, difference=float("nan"), scale=0.0, cache_agrees=False)
     tolerance = 1e-4

@@ -5,28 +5,61 @@ Signature of an entry::
     recover(model: nn.Module, structure: ModelStructure, tokens: LongTensor, options, context: RecoveryContext)
         -> RecoveryReport
 
-`tokens` is a 1-D stream. The model is changed in place and is left in eval mode, of the dtype and shapes it had, with
-adapters merged and nothing that requires a gradient, also where an error is raised. Loss that is not finite raises
-``TrialError("nan", ..., "recover")``. Entries that train have the options `corpus` and `tokens`, read by the trial,
-which fetches the stream: `corpus` None means the corpus of the calibration. An option `distill` above 0 asks for the
-dense model in the context.
+`tokens` is a 1-D stream; where `RecoveryContext.marks` is given, it says which of them belong together and which
+count, and `training.train` heeds it. The model is changed in place and is left in eval mode, of the dtype and shapes it
+had, with adapters merged and nothing that requires a gradient, also where an error is raised. Loss that is not finite
+raises ``TrialError("nan", ..., "recover")``. Entries that train have the options of
+`sections.TextOptions` and `tokens`, read by
+the trial, which fetches the stream: `corpus` None means the corpus of the calibration. An option `distill` above 0 asks
+for the dense model in the context.
+
+Fact `check`: what is wrong with the options for projections of given shapes, ``check(options, shapes)``; it raises a
+ConfigError that names the setting. It is asked with the dense model's shapes before any work, and again after the cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import pydantic
 
-from adasearch.documents import value
+from adasearch.documents import join, value
+from adasearch.errors import ConfigError
+from adasearch.registry import RECOVERY
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from adasearch.config import Component
+    from adasearch.pruning.structure import ModelStructure
+    from adasearch.streams import Marks
     from adasearch.tuning.decoder import Updates
 
 SequenceLength = Annotated[int, pydantic.Field(ge=8, le=8192)]
+
+
+def check(component: Component, structure: ModelStructure, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Make sure that a model can be recovered as `component` says, as far as that shows before the cut.
+
+    Args:
+        component: a recovery.
+        structure: of the dense model.
+        shapes: of its parameters by full name.
+        where: key of the recovery, or of the setting that made it so.
+
+    Raises:
+        ConfigError: names the key below `where`, and what must hold.
+    """
+    facts = RECOVERY.get(component.type).facts
+    names = {name: name.removesuffix(".weight") for name in shapes}
+    linear = {n: shapes[key] for key, n in names.items() if n.rpartition(".")[2] in structure.lora_targets}
+    try:
+        if "check" in facts:
+            facts["check"](component.options, linear)
+    except ConfigError as error:
+        key = where if where.endswith(f".{error.where}") else join(where, error.where)
+        raise ConfigError(key, error.problem) from None
 
 
 @value
@@ -38,6 +71,7 @@ class RecoveryContext:
         device: where the model lies.
         report: called after each step with (steps done, steps, loss); it may raise to stop the training.
         teacher: the dense model, needed only where the option `distill` is above 0.
+        marks: of `tokens`, for documents that are packed, or counted in part; None is a plain stream.
         look: called after each step but the last with (steps done, steps, low-rank updates that are not merged yet); it
             may measure the model, and raise to stop the training.
     """
@@ -46,6 +80,7 @@ class RecoveryContext:
     device: str = "cpu"
     report: Callable[[int, int, float], None] | None = None
     teacher: nn.Module | None = None
+    marks: Marks | None = None
     look: Callable[[int, int, Updates], None] | None = None
 
 
@@ -58,9 +93,11 @@ class RecoveryReport:
         tokens: tokens that were trained on.
         seconds: wall time.
         epochs: `tokens` over the length of the stream; above 1 the stream was repeated.
+        dropped: documents that were left out of the stream because a report item stands in them.
     """
 
     losses: tuple[float, ...] = ()
     tokens: int = 0
     seconds: float = 0.0
     epochs: float = 0.0
+    dropped: int = 0

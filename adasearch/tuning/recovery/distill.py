@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from adasearch.documents import Index, NonNegative, Positive, value
 from adasearch.errors import TrialError
 from adasearch.pruning.structure import ModelStructure
 from adasearch.registry import RECOVERY
-from adasearch.tuning.recovery import RecoveryContext, RecoveryReport, full, lora
+from adasearch.tuning.recovery import RecoveryContext, RecoveryReport, _adapters, full, lora
 from adasearch.tuning.recovery.lora import LoraOptions
 from adasearch.tuning.training import PHASE
 
@@ -36,7 +38,17 @@ class DistillOptions(LoraOptions):
     weight_decay: NonNegative = 0.0
 
 
-@RECOVERY.register(options=DistillOptions)
+def check(options: DistillOptions, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Return when the projections of a model (M × K by module path) can have the updates that are asked for, if any.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if options.rank:
+        _adapters.check(options, shapes)
+
+
+@RECOVERY.register(options=DistillOptions, check=check)
 def recover(
     model: nn.Module, structure: ModelStructure, tokens: Tensor, options: DistillOptions, context: RecoveryContext
 ) -> RecoveryReport:
@@ -52,4 +64,6 @@ def recover(
     if options.hidden > 0 and structure.outline.hidden is not None:
         problem = f"recovery.hidden must be 0 where hidden dimensions go, given {options.hidden}"
         raise TrialError("config", f"{problem}: states of other sizes do not compare", PHASE)
-    return (lora if options.rank else full).recover(model, structure, tokens, options, context)  # type: ignore[arg-type]
+    strategy = lora if options.rank else full
+    report: RecoveryReport = strategy.recover(model, structure, tokens, options, context)
+    return report

@@ -7,12 +7,13 @@ from torch import Tensor, nn
 from adasearch.documents import Count, NonNegative, Positive, Share, value
 from adasearch.pruning.structure import ModelStructure
 from adasearch.registry import RECOVERY
+from adasearch.sections import TextOptions
 from adasearch.tuning.recovery import RecoveryContext, RecoveryReport, SequenceLength
 from adasearch.tuning.training import Masters, TrainingConfig, seeded, train
 
 
 @value
-class FullOptions:
+class FullOptions(TextOptions):
     """Settings of full fine-tuning.
 
     Args:
@@ -24,7 +25,6 @@ class FullOptions:
         warmup: share of the steps with a rising rate.
         grad_clip: greatest gradient norm.
         distill: weight of KL(dense || smaller) beside the next-token loss; costs one dense forward per step.
-        corpus: text to train on; None takes the corpus of the calibration.
     """
 
     tokens: Count = 131072
@@ -35,7 +35,6 @@ class FullOptions:
     warmup: Share = 0.1
     grad_clip: Positive = 1.0
     distill: NonNegative = 0.0
-    corpus: str | None = None
 
 
 @RECOVERY.register(options=FullOptions)

@@ -1,107 +1,165 @@
-"""LoRA: low-rank updates beside frozen weights, merged at the end (Hu et al., ICLR 2022)."""
+"""LoRA: low-rank updates beside frozen weights, merged at the end (Hu et al., ICLR 2022); rsLoRA and DoRA.
+
+Shape letters: M outputs and K inputs of a projection, R rank of its update b a.
+"""
 
 from __future__ import annotations
 
+import heapq
 import math
-from typing import Annotated, Literal, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
-import pydantic
 import torch
 from torch import Tensor, nn
 
-from adasearch.documents import Count, NonNegative, Positive, Share, value
-from adasearch.errors import TrialError
+from adasearch.documents import Positive, value
 from adasearch.pruning.structure import ModelStructure
 from adasearch.registry import RECOVERY
-from adasearch.tuning.decoder import Update
-from adasearch.tuning.recovery import RecoveryContext, RecoveryReport, SequenceLength
-from adasearch.tuning.training import PHASE, Adapters, Masters, TrainingConfig, seeded, train
+from adasearch.tuning.decoder import Update, Updates
+from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
+from adasearch.tuning.recovery._adapters import AdapterOptions, check, factors, projections, tune, widest
+from adasearch.tuning.training import Adapters
 
 
 @value
-class LoraOptions:
-    """Settings of LoRA.
+class LoraOptions(AdapterOptions):
+    """Settings of LoRA, beside those of all adapters.
 
     Args:
-        rank: of each update B A.
-        alpha: the update counts `alpha` / `rank` times.
-        dropout: share of an adapter's inputs that is dropped while training.
-        targets: which projections get an adapter.
-        tokens: tokens to train on.
-        length: tokens of a sequence.
-        batch: sequences of a step.
-        lr: greatest learning rate; short runs want a far greater one than the 1e-4 of runs over millions of tokens.
-        warmup: share of the steps with a rising rate.
-        grad_clip: greatest gradient norm.
-        distill: weight of KL(dense || smaller) beside the next-token loss; costs one dense forward per step.
-        corpus: text to train on; None takes the corpus of the calibration.
+        alpha: numerator of an update's scale.
+        scaling: an update of rank R counts alpha / R times (``standard``), or alpha / sqrt(R) times (``rslora``,
+            Kalajdzievski 2023, arXiv 2312.03732, definition 3.1).
+        dora: give every output row a magnitude of its own, see `Dora`.
+        ranks: ``uniform``, the same rank everywhere; ``by_cut``, more where more was cut at the same sum of ranks, see
+            `ranks_by_cut`. Each update is scaled by its own rank.
     """
 
-    rank: Count = 8
     alpha: Positive = 16.0
-    dropout: Annotated[float, pydantic.Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
-    targets: Literal["all", "attention", "mlp"] = "all"
-    tokens: Count = 16384
-    length: SequenceLength = 128
-    batch: Count = 4
-    lr: Positive = 1e-3
-    warmup: Share = 0.1
-    grad_clip: Positive = 1.0
-    distill: NonNegative = 0.0
-    corpus: str | None = None
+    scaling: Literal["standard", "rslora"] = "standard"
+    dora: bool = False
+    ranks: Literal["uniform", "by_cut"] = "uniform"
 
 
-def targeted(model: nn.Module, structure: ModelStructure, targets: str) -> list[nn.Linear]:
-    """Return the linear modules that get an update."""
-    found = []
-    for name, module in model.named_modules():
-        parent, _, last = name.rpartition(".")
-        kind = "mlp" if parent.endswith("mlp") else "attention"
-        if isinstance(module, nn.Linear) and last in structure.lora_targets and targets in {"all", kind}:
-            found.append(module)
-    if not found:
-        raise TrialError("config", f"targets {targets} must name a projection, the model has none of them", PHASE)
-    return found
+def apportioned(weights: Sequence[float], total: int, most: Sequence[int]) -> list[int]:
+    """Return whole numbers, as near to proportional to `weights` as they can be, of the sum `total`.
+
+    Each is at least 1 and at most what `most` says. After the first of each, every further one goes where the weight
+    over twice the number so far plus one is greatest (the method of Sainte-Laguë, which favours neither large nor small
+    weights); of equal ones to the first.
+
+    Args:
+        weights: above 0.
+        total: from ``len(weights)`` to ``sum(most)``.
+        most: at least 1 each.
+    """
+    numbers = [1] * len(weights)
+    queue = [(-weight / 3, i) for i, weight in enumerate(weights) if most[i] > 1]
+    heapq.heapify(queue)
+    for _ in range(total - len(weights)):
+        _, i = heapq.heappop(queue)
+        numbers[i] += 1
+        if numbers[i] < most[i]:
+            heapq.heappush(queue, (-weights[i] / (2 * numbers[i] + 1), i))
+    return numbers
 
 
-def fresh(module: nn.Linear, options: LoraOptions) -> Update:
-    """Return an update that changes nothing yet: A drawn as by Kaiming for a leaky ReLU of slope sqrt(5), B zero."""
-    weight = module.weight
-    a = torch.empty(options.rank, module.in_features, device=weight.device)
-    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-    b = torch.zeros(module.out_features, options.rank, device=weight.device)
-    first, second = (nn.Parameter(factor.to(weight.dtype)) for factor in (a, b))
-    return Update(first, second, options.alpha / options.rank, options.dropout)
+def cut_shares(model: Any, structure: ModelStructure) -> dict[str, float]:
+    """Return the fraction of its units that each group of a model lost in the cut, by the group's name."""
+    left = {g.name: model.get_submodule(g.output).in_features for g in structure.groups}
+    return {g.name: 1.0 - left[g.name] / (g.units * g.output_block) for g in structure.groups}
+
+
+def ranks_by_cut(modules: Mapping[str, nn.Linear], cut: Mapping[str, float], rank: int) -> list[int]:
+    """Return a rank for every module: half of all ranks evenly, half in proportion to what was cut of the sublayer.
+
+    With c the fraction that was removed of a module's sublayer and c' its mean over the modules, the rank is
+    ``rank (1 + c / c') / 2``, made whole by `apportioned`, with the sum ``rank * len(modules)``: from half of `rank`
+    where nothing went. Where nothing went anywhere all have `rank`. The rule is ours.
+
+    Args:
+        modules: by path.
+        cut: fraction that was removed by name of sublayer; those left out lost nothing.
+        rank: mean over the modules.
+    """
+    lost = [cut.get(name.rpartition(".")[0], 0.0) for name in modules]
+    mean = sum(lost) / len(lost)
+    weights = [1.0 + share / mean if mean > 0 else 1.0 for share in lost]
+    return apportioned(weights, rank * len(modules), [widest(m) for m in modules.values()])
+
+
+class Dora(Adapters):
+    """Weights taken apart into the magnitude of each output row and its direction (Liu et al., ICML 2024, equation 5).
+
+    W' = m (W + s b a) / |W + s b a| with the norm of each row and m a trained vector (M), at first |W|. The norm counts
+    as a constant in the backward pass (section 4.3). Dropout touches the update alone.
+    """
+
+    def __init__(self, updates: Updates) -> None:
+        super().__init__(updates)
+        self._squares = {module: _squares(module) for module in updates}
+        # float32 whatever the model: a magnitude rounded to bfloat16 would change every weight from the start
+        self._magnitudes = {module: nn.Parameter(squares.sqrt()) for module, squares in self._squares.items()}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return factors and magnitudes."""
+        return [*super().parameters(), *self._magnitudes.values()]
+
+    def updates(self) -> Updates:
+        """Return the updates with their gain m / |W + s b a|."""
+        found = {}
+        for module, update in super().updates().items():
+            norm = row_norms(module, self._squares[module], update)
+            found[module] = update._replace(gain=(self._magnitudes[module] / norm).to(update.a.dtype))
+        return found
 
 
 @torch.no_grad()
-def merge(module: nn.Linear, update: Update) -> None:
-    """Add an update to a weight, in float32, and round once."""
-    sum_ = module.weight.float().addmm_(update.b.float(), update.a.float(), alpha=update.scale)
-    module.weight.copy_(sum_)
+def _squares(module: Any) -> Tensor:
+    return torch.linalg.vector_norm(module.weight, dim=1, dtype=torch.float32).square_()
 
 
-@RECOVERY.register(options=LoraOptions)
+@torch.no_grad()
+def row_norms(module: Any, squares: Tensor, update: Update) -> Tensor:
+    """Return |w + s b a| of each row of a weight (M, float32) without making the sum.
+
+    Its square is |w|^2 + 2 s b (a w^T) + s^2 b (a a^T) b^T, which costs a product of rank R.
+
+    Args:
+        module: linear, with the weight M × K.
+        squares: |w|^2 of each row, M.
+        update: of the module.
+    """
+    cross = (module.weight.to(update.a.dtype) @ update.a.T).float()
+    a, b = update.a.float(), update.b.float()
+    inner = cross.mul_(2.0).addmm_(b, a @ a.T, alpha=update.scale)
+    found = squares + update.scale * torch.linalg.vecdot(b, inner)
+    return found.clamp_min_(torch.finfo(torch.float32).tiny).sqrt_()
+
+
+def _scale(options: LoraOptions, rank: int) -> float:
+    return options.alpha / (rank if options.scaling == "standard" else math.sqrt(rank))
+
+
+@RECOVERY.register(options=LoraOptions, check=check)
 def recover(
     model: nn.Module, structure: ModelStructure, tokens: Tensor, options: LoraOptions, context: RecoveryContext
 ) -> RecoveryReport:
-    """Train updates on the stream and merge them; the signature is that of the set.
-
-    Updates are computed in the dtype of the model and kept in float32 by the optimizer; the merge takes the float32
-    values, so that a bfloat16 weight is rounded once.
+    """Train updates on the stream and merge them; the signature is that of the set, the run that of `tune`.
 
     Raises:
-        TrialError: a loss that is not finite, or a stream that is too short.
+        TrialError: a loss that is not finite, a stream that is too short, or a rank above the width of a projection.
     """
-    run = TrainingConfig.of(options)
-    modules = targeted(model, structure, options.targets)
-    model.requires_grad_(False)  # noqa: FBT003
-    with seeded(context):
-        updates: dict[nn.Module, Update] = {module: fresh(module, options) for module in modules}
-        factors = [factor for update in updates.values() for factor in (update.a, update.b)]
-        masters = Masters(cast("list[nn.Parameter]", factors), run)
-        report = train(model, masters, tokens, run, context, Adapters(updates))
-    masters.restore_precision()
-    for module in modules:
-        merge(module, updates[module])
-    return report
+    modules = projections(model, structure, options)
+    ranks = [options.rank] * len(modules)
+    if options.ranks == "by_cut":
+        ranks = ranks_by_cut(modules, cut_shares(model, structure), options.rank)
+
+    def make(_steps: int) -> Adapters:
+        updates: dict[nn.Module, Update] = {
+            module: Update(*factors(module, rank), _scale(options, rank), options.dropout)
+            for module, rank in zip(modules.values(), ranks, strict=True)
+        }
+        return Dora(updates) if options.dora else Adapters(updates)
+
+    return tune(model, make, tokens, options, context)

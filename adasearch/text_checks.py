@@ -1,0 +1,166 @@
+"""What can be found out about the text that a study reads without weights: every corpus, by the key that names it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from adasearch import checkpoints, corpora, data
+from adasearch.config import COMPONENTS, Component, StudyConfig, TrialConfig, merged
+from adasearch.documents import join
+from adasearch.errors import ConfigError, DataError
+from adasearch.search.space import Space
+from adasearch.sections import Mix
+from adasearch.tuning import contamination
+
+if TYPE_CHECKING:
+    from adasearch.checkpoints import ModelSource
+    from adasearch.tuning.items import Item
+
+
+def corpora_of(study: StudyConfig) -> dict[str, str]:
+    """Return every corpus that trials of a study read, and the key that names it.
+
+    Trials read the corpus they are calibrated on, and those that a setting called ``corpus`` names of any component:
+    what a recovery trains on, or another sample that a criterion looks at. Of a mixture that is each of its parts.
+    """
+    trial = TrialConfig.from_dict(study.trial, "trial")
+    searched = "calibration.corpus" in study.space.dimensions
+    key = "space.calibration.corpus" if searched else "trial.calibration.corpus"
+    named = [(corpus, key) for corpus in study.calibration_corpora]
+    named += _named_by(trial, "trial")
+    named += _settings_of(study.finalize.recovery, "finalize.recovery")
+    for name, recipe in study.recipes.items():
+        config = TrialConfig.from_dict(merged(study.trial, recipe), name)
+        if "calibration" in recipe:
+            named.append((config.calibration.corpus, f"recipes.{name}.calibration.corpus"))
+        named += _named_by(config, f"recipes.{name}")
+    space = Space.from_config(study.space, study.trial, seed=study.seed)
+    # The dimension that names a corpus before those at whose corners it is merely there.
+    for path, corner in sorted(space.corners(), key=lambda found: not found[0].endswith("corpus")):
+        named += [(corpus, join("space", path)) for corpus, _ in _named_by(corner, "")]
+    return dict(reversed(named))  # the first key of each
+
+
+def _named_by(trial: TrialConfig, where: str) -> list[tuple[str, str]]:
+    """Return the corpora that the components of a trial name, and their keys."""
+    return [found for name in COMPONENTS for found in _settings_of(getattr(trial, name), join(where, name))]
+
+
+def _settings_of(part: Component, where: str) -> list[tuple[str, str]]:
+    """Return the corpora that a component names, or those that it is built from."""
+    found: list[tuple[str, str]] = []
+    for field in dataclasses.fields(part.options):
+        item, key = getattr(part.options, field.name), join(where, field.name)
+        if isinstance(item, Component):
+            found += _settings_of(item, key)
+        elif isinstance(item, Mix):
+            found += [(each.corpus, join(key, "mix", index, "corpus")) for index, each in enumerate(item.mix)]
+        elif field.name == "corpus" and item:
+            found.append((item, key))
+    return found
+
+
+def check_corpora(study: StudyConfig) -> None:
+    """Check that every corpus of a study can be, and that what is reported is not read before.
+
+    Raises:
+        ConfigError: an unknown corpus, one that a mixture names twice, or perplexity of text that trials read.
+    """
+    for corpus, key in corpora_of(study).items():
+        corpora.check_corpus(corpus, study.data_root, key)
+    for recovery, where in _recoveries(study):
+        parts = Mix.of(getattr(recovery.options, "corpus", None) or "").mix
+        twice = sorted({part.corpus for part in parts if [p.corpus for p in parts].count(part.corpus) > 1})
+        if twice:
+            raise ConfigError(join(where, "corpus.mix"), f"must name each corpus once, {twice[0]!r} stands twice")
+    _check_perplexity(study)
+
+
+def _recoveries(study: StudyConfig) -> Iterator[tuple[Component, str]]:
+    """Yield the recoveries of a study that its files name, and their keys; those of the space show in its corners."""
+    yield TrialConfig.from_dict(study.trial, "trial").recovery, "trial.recovery"
+    yield study.finalize.recovery, "finalize.recovery"
+    for name, recipe in study.recipes.items():
+        if "recovery" in recipe:
+            yield TrialConfig.from_dict(merged(study.trial, recipe), name).recovery, f"recipes.{name}.recovery"
+
+
+def _check_perplexity(study: StudyConfig) -> None:
+    """Refuse to take the perplexity of text that trials are calibrated or tuned on."""
+    if study.objective.allow_shared_splits:
+        return
+    used = {corpora.parse_corpus(name, study.data_root).plain: key for name, key in corpora_of(study).items()}
+    for corpus in study.report.perplexity:
+        parsed = corpora.parse_corpus(corpus, study.data_root)
+        if parsed.whole and parsed in used:
+            problem = f"{corpus!r} is read whole and {used[parsed]} reads it too; name another split in one of them"
+            raise ConfigError("report.perplexity", problem)
+
+
+def check_templates(study: StudyConfig, source: ModelSource) -> None:
+    """Check that the model's tokenizer has a chat template where a corpus asks for one; a hub's is not looked at.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    for corpus, key in corpora_of(study).items():
+        asked = corpora.parse_corpus(corpus, study.data_root).chat
+        if asked and checkpoints.has_chat_template(source) is False:
+            problem = f"{corpus!r} needs a chat template, and the tokenizer of {source.name} has none; name the corpus "
+            raise ConfigError(key, f"{problem}without {corpora.CHAT}, or take an instruction-tuned model")
+
+
+def check_amounts(study: StudyConfig) -> None:
+    """Check that files on this machine hold text for one sequence of each recovery: a token is a byte at least.
+
+    Raises:
+        ConfigError: a file that holds too little, or cannot be read.
+    """
+    for recovery, where in _recoveries(study):
+        options: Any = recovery.options
+        needed = min(getattr(options, "length", 0), getattr(options, "tokens", 0))
+        for corpus, key in _settings_of(recovery, where) if needed else ():
+            if corpora.parse_corpus(corpus, study.data_root).kind != "file":
+                continue
+            try:
+                held = sum(len(text.encode()) for text in data.documents(corpus, "fit", study.data_root))
+            except DataError as error:
+                raise ConfigError(key, str(error)) from error
+            if held < needed:
+                problem = f"{corpus!r} yields at most {held} tokens, a sequence needs {needed}; name a larger corpus"
+                raise ConfigError(key, problem)
+
+
+def check_contamination(study: StudyConfig, items: Iterable[Item]) -> None:
+    """Check that no report item stands in what trials read, where the study refuses that.
+
+    It reads the corpora, which only this option asks for; text that the model makes is looked at when it is made.
+
+    Raises:
+        ConfigError: an item does.
+        DataError: a corpus cannot be read.
+    """
+    if study.report.contamination != "refuse":
+        return
+    index = contamination.Index.of(items)
+    for corpus, key in corpora_of(study).items():
+        if corpora.parse_corpus(corpus, study.data_root).kind == "generated":
+            continue
+        texts = data.documents(corpus, "fit", study.data_root)
+        hits = _hits(index, texts)
+        if hits:
+            item, text = next(iter(hits.items()))
+            problem = f"{len(hits)} of the report items stand in {corpus!r}, such as {item} in {text!r}"
+            raise ConfigError(key, f"{problem}; name another corpus, or set report.contamination to drop")
+
+
+def _hits(index: contamination.Index, texts: Iterable[str]) -> Mapping[str, str]:
+    """Return the items that stand in texts, and how the first text that holds each begins."""
+    found: dict[str, str] = {}
+    for text in texts:
+        item = index.find(text)
+        if item is not None:
+            found.setdefault(item, " ".join(text.split())[:80])
+    return found

