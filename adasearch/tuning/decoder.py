@@ -52,9 +52,10 @@ def takes(model: Any) -> bool:
 
 def _projection(module: Any, updates: Updates) -> Projection:
     found = updates.get(module)
-    if found is None or not len(found.a):  # of rank 0
-        return Projection(module.weight, module.bias, gain=None if found is None else found.gain)
-    return Projection(module.weight, module.bias, *found[:-1])
+    if found is None:
+        return Projection(module.weight, module.bias)
+    a, b = (found.a, found.b) if len(found.a) else (None, None)
+    return Projection(module.weight, module.bias, a, b, found.scale, found.dropout, found.gain)
 
 
 def unchanged(module: nn.Linear) -> Update:
