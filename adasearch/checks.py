@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adasearch import costs, models, placement, text_checks
-from adasearch.config import StudyConfig, TrialConfig, UnitsConfig, component, merged
+from adasearch.config import StudyConfig, TrialConfig, component, merged
 from adasearch.documents import fingerprint, join, value
 from adasearch.environment import local_machine, machine, versions
 from adasearch.errors import ConfigError, DataError, ModelError, StorageError
@@ -24,7 +24,7 @@ from adasearch.search.earlier import Earlier, gather
 from adasearch.search.samplers import Choice, choose
 from adasearch.search.seeds import Seeds, find_seeds
 from adasearch.search.space import MANY_PARAMETERS, Space
-from adasearch.sections import ClusterConfig, Cost
+from adasearch.sections import ClusterConfig, Cost, UnitsConfig
 from adasearch.tuning import tasks
 from adasearch.tuning.recovery import check as check_recovery
 

@@ -11,9 +11,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import pydantic
+from typing import Any
 
 from adasearch import registry
 from adasearch.documents import (
@@ -35,6 +33,7 @@ from adasearch.racing import FidelityConfig, RacingConfig, Rung
 from adasearch.registry import Registry, nearest
 from adasearch.sections import (
     BudgetConfig,
+    CalibrationConfig,
     ClusterConfig,
     LimitsConfig,
     Metric,
@@ -44,6 +43,7 @@ from adasearch.sections import (
     ReportConfig,
     SamplerConfig,
     StoppingConfig,
+    UnitsConfig,
 )
 
 
@@ -87,24 +87,6 @@ class FinalizeConfig:
     workers: Count | None = None
     recovery: Component
     formats: tuple[Component, ...] = ()
-
-
-@value
-class CalibrationConfig:
-    """Which text the statistics come from: `samples` sequences of `length` tokens of `corpus`, drawn by seed `draw`."""
-
-    corpus: str
-    samples: Count = 32
-    length: Annotated[int, pydantic.Field(ge=8, le=8192)] = 128
-    draw: Index = 0
-
-
-@value
-class UnitsConfig:
-    """What can go: attention by whole KV groups or by the same number of query heads in each group; MLP channels."""
-
-    attention: Literal["kv_group", "head", "none"] = "kv_group"
-    mlp: Literal["channel", "none"] = "channel"
 
 
 COMPONENTS: dict[str, Registry] = {

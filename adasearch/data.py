@@ -19,12 +19,12 @@ import torch
 
 from adasearch import chat
 from adasearch.chat import Conversation, Written, conversation
-from adasearch.config import CalibrationConfig
 from adasearch.corpora import CHAT, Corpus, parse_corpus
 from adasearch.documents import value
 from adasearch.errors import DataError
 from adasearch.passages import EMBEDDED, blocks, passages
 from adasearch.registry import nearest
+from adasearch.sections import CalibrationConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

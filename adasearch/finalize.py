@@ -38,7 +38,7 @@ from adasearch.tradeoff import finished_first
 from adasearch.trial import Clock, Pruned, prune, recover, score_blocks, task_scores
 from adasearch.tuning import alignment, evaluation
 from adasearch.tuning.export import Goods, ModelCard
-from adasearch.winner import SELECT, merits
+from adasearch.winner import ACCURACY, SELECT, merits
 
 if TYPE_CHECKING:
     from torch import nn
@@ -148,9 +148,9 @@ def finalists(
 
 
 def _believed(record: Record, evidence: Evidence | None) -> float:
-    """Return the posterior mean of a trial's score, or the score."""
+    """Return what the search believes of a trial's score; the score where nothing is known of it."""
     assert record.result is not None
-    return record.result.score if evidence is None or evidence.mean is None else evidence.mean
+    return record.result.score if evidence is None else evidence.believed
 
 
 def run_final(task: FinalTask, bench: Workbench) -> FinalRecord:
@@ -229,7 +229,7 @@ def _score(
         scores[role] = task_scores(tasks, logliks)
         for name, found in tasks.items() if role == "report" else ():
             values[name] = evaluation.item_values(found.items, logliks[name], metric)
-            values[f"{name}#acc"] = evaluation.item_values(found.items, logliks[name], "acc_norm")
+            values[f"{name}{ACCURACY}"] = evaluation.item_values(found.items, logliks[name], "acc_norm")
         for name, found in tasks.items() if role == "select" else ():
             values[f"{name}{SELECT}"] = evaluation.item_values(found.items, logliks[name], metric)
     return scores, values

@@ -58,7 +58,7 @@ def load(folder: str | Path, *, dtype: Any = "auto", device: str = "cpu") -> Pre
         from adasearch.tuning.export import _gguf
 
         opened = _gguf.open_model(folder, device)
-        return opened if dtype == "auto" else opened.to(dtype)  # type: ignore[return-value, arg-type]
+        return opened if dtype == "auto" else opened.to(dtype)
     model_class = _model_class(_read_config(folder), folder)
     if not list(folder.glob("*.safetensors")):
         raise ModelError(f"{folder}: must hold its weights as .safetensors")

@@ -70,6 +70,11 @@ class Evidence:
     mean: float | None = None
     sd: float | None = None
 
+    @property
+    def believed(self) -> float:
+        """The posterior mean; the observed score where there is none."""
+        return self.score if self.mean is None else self.mean
+
 
 @value
 class FinalRecord:

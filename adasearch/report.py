@@ -25,6 +25,7 @@ from adasearch.records import (
 from adasearch.search.outcomes import ending
 from adasearch.sections import ObjectiveConfig
 from adasearch.tradeoff import tradeoff
+from adasearch.winner import ACCURACY
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +35,6 @@ COLUMNS = (
     "parameters", "removed", "seconds", "state",
 )  # fmt: skip
 RESAMPLES = 10_000
-ACCURACY = "#acc"
 _GROUP = re.compile(r"\.(\d+)\.([^.]+)$")
 
 
@@ -131,7 +131,8 @@ def paired_difference(
     return float(np.mean([gap.mean() for gap in gaps])), float(low), float(high)
 
 
-def _accuracies(run: Path, final: FinalRecord | None) -> dict[str, np.ndarray]:
+def accuracies(run: Path, final: FinalRecord | None) -> dict[str, np.ndarray]:
+    """Return a model's accuracy at each report item by task (n-vectors); empty where it was not scored."""
     items = read_items(run / "final" / final.name) if final else None
     return {key.removesuffix(ACCURACY): x for key, x in (items or {}).items() if key.endswith(ACCURACY)}
 
@@ -143,7 +144,7 @@ def difference(run: Path, a: FinalRecord | None, b: FinalRecord | None, seed: in
     """
     if a is None or b is None or a.name == b.name:
         return None
-    found = paired_difference(_accuracies(run, a), _accuracies(run, b), seed)
+    found = paired_difference(accuracies(run, a), accuracies(run, b), seed)
     return Difference(mean=found[0], low=found[1], high=found[2]) if found else None
 
 

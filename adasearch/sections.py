@@ -272,3 +272,21 @@ class LimitsConfig:
     trial_seconds: Positive = 3600.0
     attempts: Count = 2
     failed_share: Share = 0.5
+
+
+@value
+class CalibrationConfig:
+    """Which text the statistics come from: `samples` sequences of `length` tokens of `corpus`, drawn by seed `draw`."""
+
+    corpus: str
+    samples: Count = 32
+    length: Annotated[int, pydantic.Field(ge=8, le=8192)] = 128
+    draw: Index = 0
+
+
+@value
+class UnitsConfig:
+    """What can go: attention by whole KV groups or by the same number of query heads in each group; MLP channels."""
+
+    attention: Literal["kv_group", "head", "none"] = "kv_group"
+    mlp: Literal["channel", "none"] = "channel"

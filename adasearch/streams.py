@@ -149,7 +149,7 @@ def training_text(
     """
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     parts = reading.text.mix
-    seeds = [[reading.seed, index] for index in range(len(parts))] if len(parts) > 1 else [reading.seed]
+    seeds = [[reading.seed, index] for index in range(len(parts))] if len(parts) > 1 else [[reading.seed]]
     sources = [
         _Source(Texts(tokenizer, p.corpus, part, data_root, guard=guard), p.weight, end, np.random.default_rng(seed))
         for p, seed in zip(parts, seeds, strict=True)

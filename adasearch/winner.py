@@ -9,6 +9,9 @@ import numpy as np
 from adasearch.racing import TaskValues, paired_gap
 from adasearch.records import Evidence
 
+ACCURACY = "#acc"
+"""Ending of the names under which the accuracies of report items lie among the items of a model."""
+
 SELECT = "#select"
 """Ending of the names under which the values of select items lie among a finalist's items."""
 

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from adasearch import corpora, data, models, outlined, streams
-from adasearch.config import CalibrationConfig, Component, StudyConfig, UnitsConfig
+from adasearch.config import Component, StudyConfig
 from adasearch.documents import fingerprint
 from adasearch.errors import ConfigError, DataError, TrialError
 from adasearch.pruning import architectures, calibration, statistics, vocabulary
 from adasearch.pruning.statistics import Statistics
 from adasearch.pruning.statistics_cache import Cache
 from adasearch.pruning.structure import WHOLE, Outline
-from adasearch.sections import Mix
+from adasearch.sections import CalibrationConfig, Mix, UnitsConfig
 from adasearch.tuning import contamination, divergence, generation, scoring, tasks
 from adasearch.tuning.items import Item, Role
 

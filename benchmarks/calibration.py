@@ -24,12 +24,11 @@ import torch
 from torch import Tensor
 
 from adasearch import data, models
-from adasearch.config import CalibrationConfig, UnitsConfig
 from adasearch.pruning import architectures, calibration, statistics_cache
 from adasearch.pruning.statistics import FAMILIES, LARGE, SUMS, Statistics
 from adasearch.pruning.statistics_cache import Cache
 from adasearch.pruning.structure import ModelStructure
-from adasearch.sections import ModelConfig
+from adasearch.sections import CalibrationConfig, ModelConfig, UnitsConfig
 
 PLAIN_TOKENS = (512, 1024)
 TARGET = 1.2

@@ -180,15 +180,10 @@ def believed(problem: Problem, told: Sequence[Told]) -> dict[int, Evidence]:
     return {i: dataclasses.replace(observed[i], mean=float(mean), sd=float(sd)) for i, mean, sd in found}
 
 
-def merit(evidence: Evidence) -> float:
-    """Return the posterior mean, the score where there is none."""
-    return evidence.score if evidence.mean is None else evidence.mean
-
-
 def by_posterior(problem: Problem, told: Sequence[Told]) -> int | None:
     """Return the index of the whole trial with the best posterior mean under our model of all that was told."""
     known = believed(problem, told)
-    return max(known, key=lambda i: (merit(known[i]), -i)) if known else None
+    return max(known, key=lambda i: (known[i].believed, -i)) if known else None
 
 
 def by_finalists(problem: Problem, told: Sequence[Told], seed: int) -> int | None:
@@ -197,8 +192,8 @@ def by_finalists(problem: Problem, told: Sequence[Told], seed: int) -> int | Non
     They are those of the best posterior mean; each is scored on as many fresh items, and `winner.merits` decides.
     """
     known = believed(problem, told)
-    distinct = {problem.point_key(told[i].params): i for i in sorted(known, key=lambda i: merit(known[i]))}
-    best = sorted(distinct.values(), key=lambda i: -merit(known[i]))[:FINALISTS]
+    distinct = {problem.point_key(told[i].params): i for i in sorted(known, key=lambda i: known[i].believed)}
+    best = sorted(distinct.values(), key=lambda i: -known[i].believed)[:FINALISTS]
     if not best:
         return None
     items = [problem.evaluate(told[i].params, derived_seed(seed, 0, "select")).by_task for i in best]

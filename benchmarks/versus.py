@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from adasearch.records import read_items
-from adasearch.report import ACCURACY, Findings, gather, paired_difference
+from adasearch.report import Findings, accuracies, gather, paired_difference
 from adasearch.run import load_run
 from adasearch.search.stopping import spent
 
@@ -31,7 +31,7 @@ class Winner:
     run: Path
     findings: Findings
     accuracy: Values
-    margin: Values
+    metric: Values
 
     @property
     def cells(self) -> list[str]:
@@ -42,7 +42,7 @@ class Winner:
         cost = spent(trials)
         return [
             self.run.name, self.findings.study.sampler.type, f"{len(trials)} ({stopped} stopped)", f"{cost:.0f} s",
-            f"{best.name}{f' ({best.recipe})' if best.recipe else ''}", _percent(self.accuracy), _percent(self.margin),
+            f"{best.name}{f' ({best.recipe})' if best.recipe else ''}", _percent(self.accuracy), _percent(self.metric),
         ]  # fmt: skip
 
 
@@ -59,24 +59,24 @@ def winner_of(run: Path) -> Winner:
     findings = gather(run, load_run(run))
     if findings.best is None:
         raise SystemExit(f"{run}: has no finished winner")
-    items = read_items(run / "final" / findings.best.name) or {}
     return Winner(
         run=run,
         findings=findings,
-        accuracy={key.removesuffix(ACCURACY): x for key, x in items.items() if key.endswith(ACCURACY)},
-        margin={key: x for key, x in items.items() if "#" not in key},
+        accuracy=accuracies(run, findings.best),
+        metric={key: x for key, x in (read_items(run / "final" / findings.best.name) or {}).items() if "#" not in key},
     )
 
 
 def table(winners: Sequence[Winner]) -> Iterator[str]:
     """Yield the lines of the table; the first winner is what the others are compared with."""
-    heads = ("run", "sampler", "trials", "cost", "winner", "report accuracy", "report margin",
-             "accuracy of the first less this", "margin")  # fmt: skip
+    first = winners[0]
+    metric = first.findings.study.objective.metric
+    heads = ("run", "sampler", "trials", "cost", "winner", "report accuracy", f"report {metric}",
+             "accuracy of the first less this", metric)  # fmt: skip
     yield f"| {' | '.join(heads)} |"
     yield f"|{'---|' * len(heads)}"
-    first = winners[0]
     for found in winners:
-        gaps = [paired_difference(getattr(first, name), getattr(found, name), 0) for name in ("accuracy", "margin")]
+        gaps = [paired_difference(getattr(first, name), getattr(found, name), 0) for name in ("accuracy", "metric")]
         said = ["-" if gap is None or found is first else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in gap))
                 for gap in gaps]  # fmt: skip
         yield f"| {' | '.join([*found.cells, *said])} |"

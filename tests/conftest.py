@@ -1,6 +1,7 @@
 """What every test shares: one thread, no network, a fixed budget of examples, a tiny checkpoint."""
 
 import os
+import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
@@ -25,21 +26,13 @@ def tiny_checkpoint(tmp_path_factory):
     return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-llama")
 
 
-FRESH = ("tests/tuning/test_export", "tests/contracts/test_export", "tests/test_real_model")
+FRESH = ("tests/tuning/test_export", "tests/contracts/test_export", "tests/test_outlined", "tests/test_real_model")
 """Modules whose exports are opened in a fresh process, as a user's are; it takes seconds of imports each time."""
 
 
-@pytest.fixture(autouse=True, scope="session")
-def exports_are_opened_here():
+@pytest.fixture(autouse=True)
+def exports_are_opened_here(request, monkeypatch):
     """Open the exports of all other tests in this process, by the function that the fresh one calls."""
-    from adasearch.tuning.export import _verify
-
-    alone = _verify._open_fresh
-
-    def opened(folder, reference, device):
-        fresh = os.environ.get("PYTEST_CURRENT_TEST", "").startswith(FRESH)
-        return (alone if fresh else _verify.open_and_compare)(folder, reference, device)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_verify, "_open_fresh", opened)
-        yield
+    verify = sys.modules.get("adasearch.tuning.export._verify")
+    if verify is not None and not request.node.nodeid.startswith(FRESH):
+        monkeypatch.setattr(verify, "_open_fresh", verify.open_and_compare)

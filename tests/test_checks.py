@@ -15,6 +15,7 @@ from adasearch.search.space import Space
 
 BASE = {
     "model": {"name": "none"},
+    "space": {"calibration.samples": {"int": [4, 8]}},
     "budget": {"remove": 0.2},
     "objective": {"search": ["cloze/pydoc"]},
     "report": {"tasks": ["cloze/pydoc"]},

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adasearch import corpora, data, passages
-from adasearch.config import CalibrationConfig
 from adasearch.errors import ConfigError, DataError
+from adasearch.sections import CalibrationConfig
 from tests import tiny
 from tests.tuning import sample
 

@@ -6,11 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adasearch.config import CalibrationConfig
 from adasearch.documents import fingerprint, join, parse, plain, read_yaml
 from adasearch.errors import ConfigError
 from adasearch.racing import RacingConfig
-from adasearch.sections import BudgetConfig
+from adasearch.sections import BudgetConfig, CalibrationConfig
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adasearch import models
-from adasearch.config import UnitsConfig
 from adasearch.errors import ModelError, StorageError
 from adasearch.pruning import architectures, surgery
-from adasearch.sections import ModelConfig
+from adasearch.sections import ModelConfig, UnitsConfig
 from tests import tiny
 
 

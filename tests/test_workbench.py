@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from adasearch import corpora, data
-from adasearch.config import CalibrationConfig, UnitsConfig, component, study_from_dict
+from adasearch.config import component, study_from_dict
 from adasearch.errors import TrialError
 from adasearch.pruning import calibration
 from adasearch.pruning.statistics import FAMILIES
 from adasearch.registry import RECOVERY
+from adasearch.sections import CalibrationConfig, UnitsConfig
 from adasearch.trial import run_trial
 from adasearch.tuning import generation, tasks
 from adasearch.workbench import Workbench

@@ -9,9 +9,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
 from adasearch import models
-from adasearch.config import UnitsConfig
 from adasearch.pruning import architectures
 from adasearch.pruning.plan import make_plan
+from adasearch.sections import UnitsConfig
 
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig}
 FAMILIES = tuple(CONFIGS)

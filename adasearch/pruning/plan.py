@@ -8,11 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adasearch.config import UnitsConfig
 from adasearch.documents import parse, plain, value
 from adasearch.errors import ConfigError, ModelError, TrialError
 from adasearch.pruning.structure import WHOLE, Group, ModelStructure, Outline
 from adasearch.records import write_json
+from adasearch.sections import UnitsConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

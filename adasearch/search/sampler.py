@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 import math
 import secrets
@@ -100,9 +99,11 @@ class View:
         self, points: Sequence[dict[str, Any]], ranked: Sequence[Proposal], known: Collection[str]
     ) -> dict[str, Any]:
         """Return the best proposal that is none of the `known` points, the best of all where there is none."""
-        found = (self.moved(points[proposal.index], proposal.features) for proposal in ranked)
-        best = next(found)
-        return next((params for params in itertools.chain([best], found) if self.key(params) not in known), best)
+        for proposal in ranked:
+            params = self.moved(points[proposal.index], proposal.features)
+            if self.key(params) not in known:
+                return params
+        return self.moved(points[ranked[0].index], ranked[0].features)
 
 
 def _view(space: Space | None, search_space: dict[str, BaseDistribution]) -> View:

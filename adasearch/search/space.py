@@ -26,12 +26,12 @@ from typing import Any
 
 import numpy as np
 
-from adasearch.config import COMPONENTS, STUDYS_OWN, CalibrationConfig, SpaceConfig, TrialConfig, UnitsConfig, merged
+from adasearch.config import COMPONENTS, STUDYS_OWN, SpaceConfig, TrialConfig, merged
 from adasearch.documents import join, parse
 from adasearch.errors import ConfigError
 from adasearch.registry import DIMENSIONS, Entry, nearest
 from adasearch.search.parameters import CategoricalParameter, Encoding, Parameter
-from adasearch.sections import OwnBudget
+from adasearch.sections import CalibrationConfig, OwnBudget, UnitsConfig
 
 _SECTIONS: dict[str, type] = {"calibration": CalibrationConfig, "units": UnitsConfig, "budget": OwnBudget}
 MANY_POINTS = 4096

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from adasearch import models
-from adasearch.config import UnitsConfig, component
+from adasearch.config import component
 from adasearch.pruning import architectures, calibration, compensation, importance, surgery
 from adasearch.registry import COMPENSATION, IMPORTANCE, RECOVERY
+from adasearch.sections import UnitsConfig
 from adasearch.tuning import scoring
 from adasearch.tuning.items import Item
 from adasearch.tuning.recovery import RecoveryContext

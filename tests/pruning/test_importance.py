@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from adasearch import models
-from adasearch.config import UnitsConfig
 from adasearch.config import component as parsed
 from adasearch.errors import ConfigError, TrialError
 from adasearch.pruning import architectures, importance, surgery
@@ -14,6 +13,7 @@ from adasearch.pruning.accumulators import damped
 from adasearch.pruning.importance import GroupView
 from adasearch.pruning.plan import make_plan
 from adasearch.registry import IMPORTANCE
+from adasearch.sections import UnitsConfig
 from tests.pruning.sample import activations, component, sample, sequence_gradients
 
 UNITS = ["kv_group", "head"]

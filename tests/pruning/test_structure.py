@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adasearch import models
-from adasearch.config import UnitsConfig
 from adasearch.errors import ModelError
 from adasearch.pruning import architectures, surgery
 from adasearch.registry import ARCHITECTURES
+from adasearch.sections import UnitsConfig
 from tests import tiny
 
 UNITS = ("kv_group", "head")

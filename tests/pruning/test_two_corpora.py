@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from adasearch import data
-from adasearch.config import CalibrationConfig, TrialConfig, UnitsConfig, study_from_dict
+from adasearch.config import TrialConfig, study_from_dict
 from adasearch.library import REPOSITORY, load_recipe
 from adasearch.pruning import calibration, importance, schedule
 from adasearch.pruning.statistics import by_corpus
+from adasearch.sections import CalibrationConfig, UnitsConfig
 from adasearch.text_checks import corpora_of
 from tests.pruning.sample import component, sample, sequence_gradients, tokens
 from tests.test_workbench import bench, corpus  # noqa: F401 - fixtures

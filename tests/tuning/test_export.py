@@ -15,14 +15,14 @@ import torch
 import transformers
 
 from adasearch import loading, modeling_adasearch, models
-from adasearch.config import TaskScore, UnitsConfig
+from adasearch.config import TaskScore
 from adasearch.errors import ModelError, StorageError
 from adasearch.pruning import architectures, surgery
 from adasearch.pruning.plan import PruningPlan, make_plan
 from adasearch.pruning.projection import project
 from adasearch.records import FinalRecord
 from adasearch.registry import EXPORT
-from adasearch.sections import BudgetConfig
+from adasearch.sections import BudgetConfig, UnitsConfig
 from adasearch.tuning.export import MARKER, SUMS, Goods, ModelCard, _folder, _verify, hf
 
 LAYERS = 3

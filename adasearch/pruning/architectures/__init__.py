@@ -6,10 +6,10 @@ An entry has the signature ``describe(shape: ModelShape, units: UnitsConfig) -> 
 
 from __future__ import annotations
 
-from adasearch.config import UnitsConfig
 from adasearch.errors import ModelError
 from adasearch.pruning.structure import ModelShape, ModelStructure
 from adasearch.registry import ARCHITECTURES
+from adasearch.sections import UnitsConfig
 
 
 def supported() -> tuple[str, ...]:

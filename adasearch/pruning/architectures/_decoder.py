@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from adasearch.config import UnitsConfig
 from adasearch.pruning.structure import Group, ModelShape, ModelStructure, Slice, priced
+from adasearch.sections import UnitsConfig
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from adasearch.config import UnitsConfig
 from adasearch.pruning.architectures._decoder import describe_decoder
 from adasearch.pruning.structure import ModelShape, ModelStructure
 from adasearch.registry import ARCHITECTURES
+from adasearch.sections import UnitsConfig
 
 
 @ARCHITECTURES.register(model_types=("qwen2",))

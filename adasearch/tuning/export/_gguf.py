@@ -9,6 +9,7 @@ GGUF know. (llama.cpp, ``src/models/{llama,deci,qwen2,qwen3,openelm}.cpp``.)
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -261,7 +262,9 @@ def _original(name: str, tensor: Tensor, config: dict[str, Any], graph: str) -> 
     heads, groups = widths["num_attention_heads"], widths["num_key_value_heads"]
     if stored == _FUSED:
         rows = [n * config["head_dim"] for n in (heads, groups, groups)]
-        yield from zip((f"{prefix}.self_attn.{x}_proj.{kind}" for x in "qkv"), tensor.split(rows), strict=True)
+        ends = itertools.accumulate(rows)
+        parts = (tensor[end - size : end] for size, end in zip(rows, ends, strict=True))
+        yield from zip((f"{prefix}.self_attn.{x}_proj.{kind}" for x in "qkv"), parts, strict=True)
         return
     own = {stored: own for own, stored in LAYER_NAMES.items()}[stored]
     if graph in NEIGHBOURS and stored in {"attn_q", "attn_k"}:
@@ -295,7 +298,7 @@ def open_model(folder: Path, device: str) -> PreTrainedModel:
         raise ModelError(f"{path}: cannot be opened: {' '.join(str(error).split())[:500]}") from error
     with torch.device("meta"):
         model = model_class(model_class.config_class.from_dict(config))
-    model = models.assemble(model, dict(pairs))
+    opened: Any = models.assemble(model, dict(pairs))
     if factors is not None:
-        model.model.rotary_emb.inv_freq /= factors
-    return model.to(device)  # type: ignore[no-any-return]
+        opened.model.rotary_emb.inv_freq /= factors
+    return cast("PreTrainedModel", opened.to(device))

@@ -94,7 +94,8 @@ def _split_name(data: dict[str, Any]) -> str:
 def _pairs(data: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the merges, in the order of both spellings of ``tokenizer.json``."""
     given = data["model"].get("merges") or []
-    return [tuple(x.split(" ")) if isinstance(x, str) else tuple(x) for x in given]
+    pairs = (x.split(" ") if isinstance(x, str) else x for x in given)
+    return [(left, right) for left, right in pairs]
 
 
 def _kinds(data: dict[str, Any], names: dict[int, str], size: int) -> list[int]:

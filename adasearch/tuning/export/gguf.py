@@ -170,7 +170,10 @@ def _announce(writer: Any, name: str, shape: tuple[int, ...], dtype: str) -> Non
     from gguf import GGMLQuantizationType, quant_shape_to_byte_shape
 
     kind = _kind(shape, dtype)
-    plain = {GGMLQuantizationType.F32: np.dtype(np.float32), GGMLQuantizationType.F16: np.dtype(np.float16)}
+    plain: dict[Any, np.dtype[Any]] = {
+        GGMLQuantizationType.F32: np.dtype(np.float32),
+        GGMLQuantizationType.F16: np.dtype(np.float16),
+    }
     if kind in plain:
         writer.add_tensor_info(name, shape, plain[kind], math.prod(shape) * plain[kind].itemsize)
     else:

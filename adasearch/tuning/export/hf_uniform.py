@@ -137,7 +137,7 @@ def _boxes(widths: LayerWidths, head_dim: int) -> dict[str, tuple[int, tuple[int
 def _padded(goods: Goods, target: LayerWidths, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Return the parameters of the stock class: the model's, zeros around them; norms of absent sublayers are 1."""
     model: nn.Module = goods.model
-    own = dict(model.named_parameters())
+    own: dict[str, Tensor] = {name: x.detach() for name, x in model.named_parameters()}
     like = next(iter(own.values()))
     head_dim = goods.base.shape.head_dim
     widths = layer_widths(model, head_dim)
@@ -152,8 +152,8 @@ def _padded(goods: Goods, target: LayerWidths, shapes: Mapping[str, tuple[int, .
         if linear in goal and ".layers." in name:
             dim, box = _boxes(widths[int(name.split(".")[2])], head_dim)[linear]
             if dim < tensor.dim():  # the bias of a layer that is cut at its input is as long as ever
-                tensor = _grown(tensor.detach(), dim, box, goal[linear][1])
-        made[name] = tensor.detach()
+                tensor = _grown(tensor, dim, box, goal[linear][1])
+        made[name] = tensor
     return made
 
 

@@ -116,7 +116,8 @@ class Dora(Adapters):
 
 @torch.no_grad()
 def _squares(module: Any) -> Tensor:
-    return torch.linalg.vector_norm(module.weight, dim=1, dtype=torch.float32).square_()
+    norms: Tensor = torch.linalg.vector_norm(module.weight, dim=1, dtype=torch.float32)
+    return norms.square_()
 
 
 @torch.no_grad()
@@ -133,7 +134,7 @@ def row_norms(module: Any, squares: Tensor, update: Update) -> Tensor:
     cross = (module.weight.to(update.a.dtype) @ update.a.T).float()
     a, b = update.a.float(), update.b.float()
     inner = cross.mul_(2.0).addmm_(b, a @ a.T, alpha=update.scale)
-    found = squares + update.scale * torch.linalg.vecdot(b, inner)
+    found: Tensor = squares + update.scale * torch.linalg.vecdot(b, inner)
     return found.clamp_min_(torch.finfo(torch.float32).tiny).sqrt_()
 
 

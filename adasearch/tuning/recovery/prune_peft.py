@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,7 +56,7 @@ def magnitude(pair: Sequence[Factor]) -> float:
     """
     (a, _), (b, _) = pair
     square = float(((a @ a.T) * (b.T @ b)).sum()) / (a.shape[1] * b.shape[0])
-    return max(0.0, square) ** 0.5
+    return float(np.sqrt(max(0.0, square)))
 
 
 def zeros(pair: Sequence[Factor]) -> float:

@@ -72,13 +72,14 @@ class Surgeon:
     @property
     def scores(self) -> Tensor:
         """Return what each rank alone would cost (R), |r_j|^2 / (h^-1)_jj / 2; 0 where the gradient is 0."""
-        found = 0.5 * self.rest.square().sum(0) / self.inverse.diagonal()
-        return torch.zeros_like(found) if self._flat else found
+        if self._flat:
+            return self.rest.new_zeros(self.rest.shape[1])
+        return self.rest.square().sum(0).div_(2.0 * self.inverse.diagonal())
 
     def without(self, gone: Tensor) -> Tensor:
         """Return the factor after its best change without the ranks `gone` (indices S), whose columns are 0."""
         block = self.inverse[gone]
-        changed = self.rest - self.rest[:, gone] @ torch.linalg.solve(block[:, gone], block)
+        changed: Tensor = self.rest - self.rest[:, gone] @ torch.linalg.solve(block[:, gone], block)
         changed[:, gone] = 0.0
         return changed
 
@@ -98,7 +99,9 @@ class Shrinking(Adapters):
         ranks = {m: min(math.ceil(options.start * options.rank), widest(m)) for m in modules}
         super().__init__({m: Update(*factors(m, rank), 1.0, options.dropout) for m, rank in ranks.items()})
         self._options, self._steps = options, steps
-        self.alive = {m: torch.ones(rank, dtype=torch.bool, device=m.weight.device) for m, rank in ranks.items()}
+        self.alive: dict[nn.Module, Tensor] = {
+            m: torch.ones(rank, dtype=torch.bool, device=m.weight.device) for m, rank in ranks.items()
+        }
 
     def stepped(self, step: int, ids: Tensor, masters: Masters) -> None:  # noqa: ARG002 - signature of the hook
         """Take the cheapest ranks away, as many as the schedule says, and hold at 0 what is gone."""
