@@ -79,7 +79,7 @@ def check_corpora(study: StudyConfig) -> None:
 
 
 def _training(study: StudyConfig) -> Iterator[tuple[Component, str]]:
-    """Yield what trains by a study's files, recoveries and schedules, and their keys; the space's show in its corners."""
+    """Yield what trains by the files of a study, and the keys; what its space names shows in the corners."""
     yield study.finalize.recovery, "finalize.recovery"
     for where, given in (("trial", {}), *((f"recipes.{name}", r) for name, r in study.recipes.items())):
         config = TrialConfig.from_dict(merged(study.trial, given), where)

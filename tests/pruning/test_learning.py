@@ -19,7 +19,7 @@ from adasearch.pruning.schedule._learning import Ramped, masks
 from adasearch.registry import SCHEDULE
 from adasearch.tuning import decoder, learning
 from adasearch.tuning.recovery import RecoveryContext
-from adasearch.tuning.training import next_token_loss
+from adasearch.tuning.training import Lesson, next_token_loss
 from tests.pruning.sample import QUICK, sample, schedule_context
 
 RAMPED = ("lora_prune", "movement")
@@ -79,6 +79,28 @@ class TestGatesInTheDecoder:
         assert total.item() == pytest.approx(plain.item(), rel=1e-5)
         for name in given:
             torch.testing.assert_close(given[name].grad, folded[name].grad, rtol=1e-3, atol=1e-6)
+
+    def test_gradients_of_gates_are_the_differences_of_their_losses(self):
+        case, step = sample(), 1e-2  # the loss is of float32
+        model = dense_with(case, {}).requires_grad_(requires_grad=False)
+        _, wide = factors(case.structure, lambda n: torch.linspace(0.5, 1.2, n, dtype=torch.float64))
+        given = {name: factor.clone().requires_grad_() for name, factor in wide.items()}
+
+        def loss(factors):
+            lesson = Lesson(case.model, 2.0)
+            return next_token_loss(model, case.tokens, updates=gated(model, factors), lesson=lesson)[0]
+
+        loss(given).backward()
+        for name, factor in wide.items():
+            for place in (0, len(factor) // 2):
+                ends = []
+                for change in (step, -step):
+                    moved = factor.clone()
+                    moved[place] += change
+                    ends.append(loss({**wide, name: moved}).item())
+                assert given[name].grad[place].item() == pytest.approx(
+                    (ends[0] - ends[1]) / (2 * step), rel=2e-2, abs=1e-4
+                )
 
 
 class TestRamp:
