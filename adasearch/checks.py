@@ -301,7 +301,7 @@ def place(
     half = gpu and study.model.dtype == "auto"
     size = 2 if half else models.pick_dtype(study.model.dtype, "cpu").itemsize
     trial = TrialConfig.from_dict(study.trial, "trial")
-    train = (study.finalize.recovery if finalists else trial.recovery, trial.schedule)
+    train = (study.finalize.recovery if finalists else trial.recovery, trial.schedule, trial.hidden)
     tokens = max(getattr(part.options, "batch", 0) * getattr(part.options, "length", 0) for part in train)
     whole = any(part.type == "full" or getattr(part.options, "rank", None) == 0 for part in train)
     need = (placement.fine_tune_need if whole else placement.trial_need)(shape, size, tokens, gpu=gpu)
@@ -344,8 +344,8 @@ def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
     tokens = study.fidelity.divergence
     again = f" (again after {study.fidelity.midway:.0%} of the recovery)" if 0 < study.fidelity.midway < 1 else ""
     compared = f"divergence from the dense model on {tokens:,} tokens{again}, " if tokens else ""
-    learn = getattr(trial.schedule.options, "tokens", 0)
-    learnt = f"{learn:,} tokens from which {trial.schedule.type} learns what goes, " if learn else ""
+    learning = {part.type: getattr(part.options, "tokens", 0) for part in (trial.hidden, trial.schedule)}
+    learnt = "".join(f"{n:,} tokens from which {name} learns what goes, " for name, n in learning.items() if n)
     yield f"each trial: {compared}{learnt}{train:,} tokens of {trial.recovery.type} recovery, {items} items"
     yield from _describe_placement(study, checked.shape)
     final = getattr(study.finalize.recovery.options, "tokens", 0)

@@ -83,7 +83,7 @@ def _training(study: StudyConfig) -> Iterator[tuple[Component, str]]:
     yield study.finalize.recovery, "finalize.recovery"
     for where, given in (("trial", {}), *((f"recipes.{name}", r) for name, r in study.recipes.items())):
         config = TrialConfig.from_dict(merged(study.trial, given), where)
-        for section in ("recovery", "schedule"):
+        for section in ("recovery", "schedule", "hidden"):
             if where == "trial" or section in given:
                 yield getattr(config, section), join(where, section)
 

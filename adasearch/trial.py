@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adasearch import costs, environment, models, outlining, racing, registry
+from adasearch import costs, environment, models, outlining, racing, registry, trainings
 from adasearch.config import Component, TaskScore, TrialConfig, TrialResult, mean_of
 from adasearch.errors import ConfigError, TrialError
 from adasearch.promotion import Gate
@@ -23,26 +23,21 @@ from adasearch.pruning.plan import PruningPlan
 from adasearch.pruning.schedule import ScheduleContext
 from adasearch.pruning.structure import WHOLE, Outline
 from adasearch.racing import Early, Race, Rung, TaskValues
-from adasearch.tuning import divergence, evaluation, learning, scoring
-from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
+from adasearch.tuning import divergence, evaluation, scoring
+from adasearch.tuning.recovery import RecoveryReport
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from adasearch.models import BaseModel
-    from adasearch.pruning.learning import Learner
     from adasearch.pruning.statistics import Statistics
     from adasearch.pruning.structure import ModelStructure
-    from adasearch.streams import TrainingText
     from adasearch.tuning.decoder import Updates
     from adasearch.workbench import TaskItems, Workbench
 
 Observer = Callable[[str, float | None], None]
 Look = Callable[[int, int, "Updates"], None]
 Blocks = dict[str, tuple[scoring.EncodedItem, ...]]
-
-_TRAINING = {"recovery": ("recover", 0), "schedule": ("learn", 1_000_003)}
-"""Phase by section of a trial that may train, and what is added to the seed of its text: each should see its own."""
 
 
 def silent(_phase: str, _progress: float | None) -> None:
@@ -121,14 +116,6 @@ def context_of(
 ) -> ScheduleContext:
     """Return what the schedule of a trial decides from, given statistics of the model before its widths are cut."""
     base = bench.outlined(structure.outline)
-
-    def train(model: nn.Module, learner: Learner) -> RecoveryReport:
-        text, told = _training("schedule", config.schedule, config, bench, structure.outline, clock or Clock())
-        try:
-            return learning.learn(model, structure, text.tokens, config.schedule.options, learner, told)
-        except TrialError as error:  # the loop knows of recoveries alone
-            raise TrialError(error.kind, error.message, _TRAINING["schedule"][0]) from error
-
     return ScheduleContext(
         config=base.config,
         weights=base.weights,
@@ -138,7 +125,7 @@ def context_of(
         trial=config,
         budget=allocation.aimed(bench.study.budget_of(config), config.allocation),
         device=bench.device,
-        train=train,
+        train=trainings.of_schedule(config, bench, structure, clock or Clock()),
     )
 
 
@@ -155,7 +142,9 @@ def prune(config: TrialConfig, bench: Workbench, clock: Clock) -> Pruned:
     """Return the model cut to the budget and compensated, not yet recovered."""
     if outlining.wanted(config):
         clock.enter("outline")
-    outline = outlining.decide(config, bench)
+    learnt: dict[str, Tensor] = {}
+    outline = outlining.decide(config, bench, trainings.of_hidden(config, bench, clock, learnt))
+    bench = bench.rebased(learnt)
     base, structure = bench.outlined(outline), bench.structure(config.units, outline)
     clock.enter("calibrate")
     with refusals("calibrate"):
@@ -170,36 +159,11 @@ def prune(config: TrialConfig, bench: Workbench, clock: Clock) -> Pruned:
     return Pruned(model=model, structure=structure, plan=decision.plan, base=base)
 
 
-def _training(
-    section: str, part: Component, config: TrialConfig, bench: Workbench, outline: Outline, clock: Clock
-) -> tuple[TrainingText, RecoveryContext]:
-    """Return the text, and what else is needed, for a component that trains, which is a `section` of the trial.
-
-    Raises:
-        TrialError: the text cannot be had, or it is to learn from the dense model, whose tokens are others (kind
-            ``config``).
-    """
-    phase, draw = _TRAINING[section]
-    clock.enter(phase)
-    taught = getattr(part.options, "distill", 0.0) > 0
-    if taught and outline.tokens is not None:
-        raise TrialError("config", f"{section}.distill must be 0 where tokens go: the teacher knows others", phase)
-    text = bench.recovery_text(part, config.calibration.corpus, config.seed + draw, outline, section)
-    context = RecoveryContext(
-        seed=config.seed,
-        device=str(bench.device),
-        report=lambda step, total, _loss: clock.enter(phase, step / total),
-        teacher=bench.dense() if taught else None,
-        marks=text.marks,
-    )
-    return text, context
-
-
 def recover(
     pruned: Pruned, recovery: Component, config: TrialConfig, bench: Workbench, clock: Clock, look: Look | None = None
 ) -> RecoveryReport:
     """Tune the smaller model in place and return what was done; `look` is that of a `RecoveryContext`."""
-    text, context = _training("recovery", recovery, config, bench, pruned.structure.outline, clock)
+    text, context = trainings.given("recovery", recovery, config, bench, pruned.structure.outline, clock)
     entry, context = registry.RECOVERY.get(recovery.type), dataclasses.replace(context, look=look)
     report: RecoveryReport = entry.function(pruned.model, pruned.structure, text.tokens, recovery.options, context)
     return dataclasses.replace(report, dropped=text.dropped)

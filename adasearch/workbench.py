@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -100,6 +101,7 @@ class Workbench:
         folder = models.fetch_weights(models.resolve(study.model), self.cache / "models", dtype)
         self.base = models.open_base(folder, dtype)
         self._checksum = models.checksum(self.base)
+        self.origin = self
         self._structures: dict[UnitsConfig, ModelStructure] = {}
         self._items: dict[str, dict[str, TaskItems]] = {}
         self._texts: dict[str, torch.Tensor] = {}
@@ -110,6 +112,20 @@ class Workbench:
         self._reference: divergence.Reference | None = None
         self._reported: contamination.Index | None = None
         self._dropped: dict[tuple[CalibrationConfig, Outline], int] = {}
+
+    def rebased(self, weights: dict[str, torch.Tensor]) -> Workbench:
+        """Return a workbench over the model with other weights, whose `origin` is this one; without any this one.
+
+        Args:
+            weights: of the same shapes, in place of some of the model's.
+        """
+        if not weights:
+            return self
+        found = copy.copy(self)
+        found.base = dataclasses.replace(self.base, weights={**self.base.weights, **weights})
+        found._checksum = models.checksum(found.base)
+        found._dense, found._small, found._last = None, (found.base, None), None
+        return found
 
     def structure(self, units: UnitsConfig | None = None, outline: Outline = WHOLE) -> ModelStructure:
         """Return the structure, with the units asked for, of the model that an outline leaves."""

@@ -32,7 +32,7 @@ FLOORS = [
     ["tuning", "loading"],
     ["search"],
     ["environment", "workbench"],
-    ["outlining", "costs", "text_checks"],
+    ["outlining", "costs", "text_checks", "trainings"],
     ["trial"],
     [
         "worker",

@@ -63,12 +63,15 @@ def test_corpora_that_cannot_be_are_refused(options, where, words):
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["gates", "lora_prune", "movement"])
-def test_text_that_a_schedule_learns_from_is_looked_at(name):
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [("schedule", "gates"), ("schedule", "lora_prune"), ("schedule", "movement"), ("hidden", "pat")],
+)
+def test_text_that_a_cut_is_learnt_from_is_looked_at(section, name):
     for corpus, words in (("pydco", "did you mean"), ({"mix": [MIX["mix"][0], MIX["mix"][0]]}, "stands twice")):
         with pytest.raises(ConfigError, match=words) as caught:
-            text_checks.check_corpora(study_of(trial={**BASE["trial"], "schedule": {"type": name, "corpus": corpus}}))
-        assert caught.value.where.startswith("trial.schedule.corpus")
+            text_checks.check_corpora(study_of(trial={**BASE["trial"], section: {"type": name, "corpus": corpus}}))
+        assert caught.value.where.startswith(f"trial.{section}.corpus")
 
 
 @pytest.mark.parametrize(("corpus", "where", "words"), [

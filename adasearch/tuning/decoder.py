@@ -31,7 +31,8 @@ class Update(NamedTuple):
         scale: of the update.
         dropout: share of the inputs that is dropped.
         gain: factor of each output, None for 1.
-        gate: factor of each input, None for 1; of projections that write to the residual stream only.
+        gate: factor of each input, None for 1; of projections that write to the residual stream, and of the columns of
+            the embedding.
     """
 
     a: Tensor
@@ -58,10 +59,10 @@ def _projection(module: Any, updates: Updates) -> Projection:
     return Projection(module.weight, module.bias, a, b, found.scale, found.dropout, found.gain)
 
 
-def unchanged(module: nn.Linear) -> Update:
+def unchanged(module: nn.Linear | nn.Embedding) -> Update:
     """Return an update of rank 0, which changes nothing."""
-    weight = module.weight
-    return Update(weight.new_empty(0, module.in_features), weight.new_empty(module.out_features, 0), 1.0)
+    rows, columns = module.weight.shape
+    return Update(module.weight.new_empty(0, columns), module.weight.new_empty(rows, 0), 1.0)
 
 
 class _Run(NamedTuple):
@@ -214,7 +215,7 @@ def hidden_states(
     rotation = Rotation.of(cos.flatten(0, 1), sin.flatten(0, 1))
     masks = _masks(core, mask, segments, embedded, plain=plain)
     run = _Run(rotation=rotation, wide={}, masks=masks, plain=plain, batch=batch, updates=updates or {})
-    x = embedded.flatten(0, 1)
+    x = run.gated(embedded.flatten(0, 1), core.embed_tokens)
     for layer in core.layers:
         x = _layer(layer, x, run)
     x = kernels.rms_norm(x, core.norm.weight, core.norm.variance_epsilon)

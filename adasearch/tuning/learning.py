@@ -68,11 +68,33 @@ def _own_weights(model: nn.Module) -> list[nn.Parameter]:
     return list(model.requires_grad_(requires_grad=True).parameters())
 
 
-def _updates(model: nn.Module, structure: ModelStructure, options: Any) -> dict[nn.Module, Update]:
-    """Return a low-rank update for every projection of a model; call it inside `seeded`."""
-    modules = projections(model, structure, AdapterOptions(rank=options.rank), "schedule").values()
+def fresh_updates(
+    model: nn.Module, structure: ModelStructure, options: Any, section: str, targets: str | tuple[str, ...] = "all"
+) -> dict[nn.Module, Update]:
+    """Return a low-rank update for projections of a model, and freeze it; call it inside `seeded`.
+
+    Args:
+        model: dense.
+        structure: its groups.
+        options: with `rank`, `alpha` and `dropout`, of a `section` of the trial.
+        section: named where the rank is refused.
+        targets: which projections, see `recovery._adapters.Targets`.
+
+    Raises:
+        TrialError: the rank is above the smaller side of a projection (kind ``config``).
+    """
+    modules = projections(model, structure, AdapterOptions(rank=options.rank, targets=targets), section).values()
     scale = options.alpha / options.rank
     return {module: Update(*factors(module, options.rank), scale, options.dropout) for module in modules}
+
+
+@torch.no_grad()
+def fold(model: nn.Module, updates: Updates) -> None:
+    """Make updates part of weights, which become new tensors, and freeze the model."""
+    for module, update in updates.items():
+        module.weight = nn.Parameter(cast("Tensor", module.weight).detach().clone(), requires_grad=False)
+        merge(module, update)
+    model.requires_grad_(requires_grad=False)
 
 
 def learn(
@@ -103,17 +125,12 @@ def learn(
     """
     run, rank = TrainingConfig.of(options), getattr(options, "rank", None)
     with seeded(context), torch.enable_grad():
-        updates = _updates(model, structure, options) if rank else {}
+        updates = fresh_updates(model, structure, options, "schedule") if rank else {}
         weights = _own_weights(model) if rank == 0 else []
         riding = _Riding(model, structure, updates, learner, run.steps)
         masters = Masters([*weights, *riding.parameters()], run)
         report = train(model, masters, tokens, run, context, riding)
     if rank:
         masters.restore_precision()
-    with torch.no_grad():
-        for module, update in riding.updates().items():
-            own = nn.Parameter(cast("Tensor", module.weight).detach().clone(), requires_grad=False)
-            module.weight = own
-            merge(module, update)
-    model.requires_grad_(requires_grad=False)
+    fold(model, riding.updates())
     return report
