@@ -1,0 +1,217 @@
+"""Recoveries beside each other at equal cost: the same cut, the same text, the same processor seconds.
+
+    python -m benchmarks.recoveries --seconds 600 --remove 0.2 --out runs/recoveries
+    python -m benchmarks.recoveries --seconds 60 --only lora,full --items 24
+
+Each strategy of `recoveries.yaml` is tried for some steps on one thread; its seconds per token, of the processor, so
+that other work on the machine does not count, say how many tokens it trains on in `--seconds`. Then comes one
+`adasearch compare` of all of them, in a folder below `--out`; the same command goes on where it was. Out come score on
+report items, what of it is above chance, perplexity, and the paired difference from the first strategy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from adasearch import comparison
+from adasearch.config import SpaceConfig, StudyConfig, TrialConfig, load_study, merged
+from adasearch.documents import plain
+from adasearch.errors import AdaSearchError
+from adasearch.library import load_recipe
+from adasearch.report import difference
+from adasearch.run import load_run
+
+STRATEGIES = Path(__file__).with_suffix(".yaml")
+STEPS = 6
+"""Of a run that is timed: the first is not counted."""
+Overlay = dict[str, Any]
+Laid = Callable[[int | None], Overlay]
+"""A strategy: the sections of its trial, given the tokens."""
+
+
+def study_of(args: argparse.Namespace) -> tuple[StudyConfig, Overlay]:
+    """Return the study of the comparison, the file's with this cut and these amounts, and the text of a recovery."""
+    study = load_study(args.study)
+    text: Overlay = {"length": args.length, "batch": args.batch}
+    if args.corpora:
+        text["corpus"] = {"mix": [{"corpus": name, "weight": 1.0} for name in args.corpora.split(",")]}
+    made = dataclasses.replace(
+        study,
+        name=f"recoveries-{round(100 * args.remove):02d}-{round(args.seconds)}",
+        # nothing is searched, and a space of the study may ask for a recovery
+        space=SpaceConfig(name="inline", dimensions={"importance": {"choice": ["random", "wanda_sp"]}}),
+        budget=dataclasses.replace(study.budget, remove=args.remove),
+        trial={**study.trial, "recovery": {"type": "none"}},
+        report=dataclasses.replace(study.report, items=args.items, perplexity_tokens=args.perplexity_tokens),
+        recipes={},
+        all_recipes=False,
+        cluster=dataclasses.replace(study.cluster, workers=args.workers),
+    )
+    return made, text
+
+
+def laid(recipe: Overlay, text: Overlay, strategy: Overlay, tokens: int | None) -> Overlay:
+    """Return the sections of one strategy: the recipe of the cut, the strategy over it, the text where it trains."""
+    made = merged(recipe, {key: item for key, item in strategy.items() if key != "recovery"})
+    recovery = dict(strategy["recovery"])
+    if recovery["type"] != "none":
+        recovery = {**text, **recovery, **({} if tokens is None else {"tokens": tokens})}
+    return {**made, "recovery": recovery}
+
+
+def seconds_per_token(config: TrialConfig, bench: Any) -> float:
+    """Return the processor seconds that a strategy takes for each token, from the second of `STEPS` steps on."""
+    from adasearch.trial import Clock, prune, recover
+
+    marks: list[float] = []
+
+    def look(*_: object) -> None:
+        marks.append(time.process_time())
+
+    clock = Clock(lambda *_: None)
+    recover(prune(config, bench, clock), config.recovery, config, bench, clock, look)
+    options = config.recovery.options
+    return (marks[-1] - marks[0]) / (len(marks) - 1) / (options.batch * options.length)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Amounts:
+    """What is measured before the comparison, and kept for one that goes on.
+
+    Args:
+        tokens: that each strategy trains on; None for none.
+        chance: accuracy of guessing, mean over the report tasks.
+    """
+
+    tokens: dict[str, int | None]
+    chance: float
+
+
+def measured(args: argparse.Namespace, study: StudyConfig, strategies: Mapping[str, Laid]) -> Amounts:
+    """Return the tokens that each strategy trains on in the seconds that all have, and the accuracy of guessing."""
+    from adasearch.workbench import Workbench
+    from benchmarks.setting import empty_run
+
+    tokens: dict[str, int | None] = {}
+    with empty_run() as folder:
+        bench = Workbench(study, folder, 1)
+        bench.dense()
+        guesses = [np.mean([1 / len(item.choices) for item in t.items]) for t in bench.items("report").values()]
+        for name, strategy in strategies.items():
+            if strategy(1)["recovery"]["type"] == "none":
+                tokens[name] = None
+                continue
+            few = merged(study.trial, strategy(STEPS * args.batch * args.length))
+            cost = seconds_per_token(TrialConfig.from_dict({**few, "seed": study.seed}, name), bench)
+            tokens[name] = max(args.batch * args.length, round(args.seconds / cost))
+            print(f"{name}: {1 / cost:.0f} tokens per processor second, {tokens[name]} tokens", flush=True)
+    return Amounts(tokens=tokens, chance=float(np.mean(guesses)))
+
+
+def amounts(args: argparse.Namespace, study: StudyConfig, strategies: Mapping[str, Laid]) -> Amounts:
+    """Return what was measured when this comparison began, or measure it and write it down.
+
+    Raises:
+        SystemExit: it was measured for other strategies.
+    """
+    path = args.out / f"{study.name}-amounts.yaml"
+    if not path.exists():
+        found = measured(args, study, strategies)
+        path.write_text(yaml.safe_dump(dataclasses.asdict(found), sort_keys=False), encoding="utf-8")
+    kept = Amounts(**yaml.safe_load(path.read_text(encoding="utf-8")))
+    if list(kept.tokens) != list(strategies):
+        raise SystemExit(f"{path}: was measured for {', '.join(kept.tokens)}; use another --out")
+    return kept
+
+
+def compare(args: argparse.Namespace) -> tuple[Path, Amounts]:
+    """Make the comparison, as far as it is not made yet, and return its run folder."""
+    from adasearch.run import compare_study
+
+    study, text = study_of(args)
+    recipe = load_recipe(args.recipe, args.study, "--recipe")
+    given = yaml.safe_load(STRATEGIES.read_text(encoding="utf-8"))
+    names = args.only.split(",") if args.only else list(given)
+    strategies = {name: functools.partial(laid, recipe, text, given[name]) for name in names}
+    args.out.mkdir(parents=True, exist_ok=True)
+    found = amounts(args, study, strategies)
+    recipes = {name: strategy(found.tokens[name]) for name, strategy in strategies.items()}
+    path = args.out / f"{study.name}.yaml"
+    written = plain(dataclasses.replace(study, recipes=recipes).to_dict())
+    path.write_text(yaml.safe_dump(written, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return compare_study(path, recipes=names, out=args.out / study.name, say=print), found
+
+
+def _perplexities(row: comparison.Row) -> list[float]:
+    return list(row.final.perplexity.values()) if row.final else [math.inf]
+
+
+def table(run: Path, found: comparison.Comparison, amounts: Amounts) -> Iterator[str]:
+    """Yield the lines of a table in Markdown: strategies by perplexity, the dense model first."""
+    rows = [found.dense, *sorted(found.rows, key=lambda row: _perplexities(row)[:1])]
+    heads = ["strategy", "tokens", "seconds", "score", "retained", "above chance", *found.corpora, "less the first"]
+    yield f"| {' | '.join(heads)} |"
+    yield f"|{'---|' * len(heads)}"
+    first = next((row for row in rows if row.name == next(iter(amounts.tokens))), None)
+    for row in rows:
+        if row.final is None:
+            yield f"| {row.name} | {row.reason} |"
+            continue
+        gap = difference(run, row.final, first.final if first else None, found.study.seed)
+        score, dense = row.score[0], found.dense.score[0]
+        chance = amounts.chance
+        cells = [
+            row.name,
+            "-" if amounts.tokens.get(row.name) is None else f"{amounts.tokens[row.name]:,}",
+            f"{row.final.seconds.get('recover', 0.0):.0f}",
+            f"{100 * score:.1f}",
+            f"{100 * score / dense:.1f} %",
+            f"{100 * (score - chance) / (dense - chance):.0f} %",
+            *(f"{value:.1f}" for value in _perplexities(row)),
+            f"{100 * gap.mean:+.1f} ({100 * gap.low:+.1f} to {100 * gap.high:+.1f})" if gap else "-",
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = made.add_argument
+    add("--study", type=Path, default=Path("studies/smollm2_20.yaml"), help="model, calibration and tasks come from it")
+    add("--recipe", default="slimllm", help="of the cut (default: slimllm)")
+    add("--remove", type=float, default=0.2, help="fraction of the parameters removed (default: 0.2)")
+    add("--seconds", type=float, default=600.0, help="of the processor, for each recovery (default: 600)")
+    add("--only", help="strategies, a comma between them (default: all)")
+    add(
+        "--corpora",
+        help="that are trained on, a comma between them, in equal shares (default: that of the calibration)",
+    )
+    add("--length", type=int, default=128, help="tokens of a sequence (default: 128)")
+    add("--batch", type=int, default=8, help="sequences of a step (default: 8)")
+    add("--items", type=int, default=32, help="report items of each task (default: 32)")
+    add("--perplexity-tokens", type=int, default=8192, help="of each corpus (default: 8192)")
+    add("--workers", type=int, default=2, help="of the comparison, one thread each (default: 2)")
+    add("--out", type=Path, default=Path("runs/recoveries"), help="folder of the comparisons")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    try:
+        run, found = compare(args)
+    except AdaSearchError as error:
+        raise SystemExit(f"{error}") from error
+    print("\n".join(table(run, comparison.gather(run, load_run(run)), found)))
+
+
+if __name__ == "__main__":
+    main()
