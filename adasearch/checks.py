@@ -16,7 +16,7 @@ from adasearch.environment import local_machine, machine, versions
 from adasearch.errors import ConfigError, DataError, ModelError, StorageError
 from adasearch.footprint import Training
 from adasearch.latencies import Conditions
-from adasearch.placement import GIB, Machine, Placement
+from adasearch.placement import GIB, Machine, Need, Placement
 from adasearch.pruning import allocation, architectures, compensation, schedule
 from adasearch.pruning.projection import reachable, removal
 from adasearch.pruning.structure import ModelShape, ModelStructure
@@ -360,12 +360,7 @@ def place(
     gpu = study.cluster.gpus_per_worker != 0 and any(offer.gpus for offer in offered)
     half = gpu and study.model.dtype == "auto"
     size = 2 if half else models.pick_dtype(study.model.dtype, "cpu").itemsize
-    recovery = study.finalize.recovery if finalists else TrialConfig.from_dict(study.trial, "trial").recovery
-    tokens = getattr(recovery.options, "batch", 0) * getattr(recovery.options, "length", 0)
-    if not finalists or not tokens:
-        need = placement.trial_need(shape, size, tokens, gpu=gpu)
-    else:
-        need = placement.final_need(shape, size, training_of(recovery, study.finalize.training), gpu=gpu)
+    need = _need(study, shape, size, finalists=finalists, gpu=gpu)
     if not finalists:
         return placement.decide(study.cluster, offered, need, most or placement.most_workers(study.trials))
     processes = study.finalize.training.processes
@@ -374,6 +369,25 @@ def place(
     if processes > 1 and gpu:  # processes that train together cannot share a GPU
         cluster = dataclasses.replace(cluster, gpus_per_worker=1.0)
     return placement.decide(cluster, offered, need, searching)
+
+
+def _need(study: StudyConfig, shape: ModelShape, size: int, *, finalists: bool, gpu: bool) -> Need:
+    """Return what a worker needs for the hungriest of all that is trained in a trial, or at the end of a run."""
+    trial = TrialConfig.from_dict(study.trial, "trial")
+    recovery, rules = (
+        (study.finalize.recovery, study.finalize.training) if finalists else (trial.recovery, TrainingRules())
+    )
+    found = [placement.trial_need(shape, size, 0, gpu=gpu)]
+    for part, how in ((recovery, rules), (trial.schedule, TrainingRules()), (trial.hidden, TrainingRules())):
+        if hasattr(part.options, "batch"):
+            training = training_of(part, how)
+            whole = finalists or training.rank == 0
+            found.append(
+                placement.final_need(shape, size, training, gpu=gpu)
+                if whole
+                else placement.trial_need(shape, size, training.tokens, gpu=gpu)
+            )
+    return max(found, key=lambda need: (need.gpu, need.memory))
 
 
 def training_of(recovery: Component, rules: TrainingRules) -> Training:

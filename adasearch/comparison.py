@@ -34,7 +34,7 @@ SHARED = ("model", "budget", "objective", "report", "seed")
 """Sections of a study that all rows of a comparison share; they may not change while it goes on."""
 OWN = STUDYS_OWN
 """Sections that a recipe may fix for itself, which ends the comparison at equal cost; such rows are marked."""
-PRUNING = ("calibrate", "plan", "cut")
+PRUNING = ("calibrate", "plan", "learn", "cut")
 """Phases that make the smaller model; statistics are computed once for all recipes, so the first one pays for them."""
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adasearch import goals, tokenization
 from adasearch.config import TrialConfig
@@ -24,6 +24,8 @@ from adasearch.pruning.projection import removal
 from adasearch.pruning.structure import WHOLE, ModelStructure, Outline, count_outlined
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from adasearch.workbench import Workbench
 
 PHASE = "outline"
@@ -34,8 +36,11 @@ def wanted(config: TrialConfig) -> bool:
     return any(part.type != "none" for part in (config.vocabulary, config.hidden, config.depth))
 
 
-def decide(config: TrialConfig, bench: Workbench) -> Outline:
-    """Return what goes before the widths are decided.
+Train = Callable[["Tensor", int, Any], "Tensor"]
+
+
+def decide(config: TrialConfig, bench: Workbench, train: Train | None = None) -> Outline:
+    """Return what goes before the widths are decided; `train` is that of a `HiddenContext`.
 
     Raises:
         TrialError: a rule cannot be followed in this model (kind ``config``).
@@ -47,7 +52,7 @@ def decide(config: TrialConfig, bench: Workbench) -> Outline:
     try:
         left = structure.parameters - removal(structure, goals.before_widths(config, bench), biases)
         outline = _without_tokens(config, bench, left)
-        outline = _without_dimensions(config, bench, outline, left)
+        outline = _without_dimensions(config, bench, outline, left, train)
         return _without_layers(config, bench, outline, left)
     except (ConfigError, ModelError) as error:
         raise TrialError("config", str(error), PHASE) from error
@@ -83,7 +88,9 @@ def _without_tokens(config: TrialConfig, bench: Workbench, left: int) -> Outline
     return Outline(tokens=vocabulary.choose(counts, keep, tokenizer, named_tokens(base)))
 
 
-def _without_dimensions(config: TrialConfig, bench: Workbench, outline: Outline, left: int) -> Outline:
+def _without_dimensions(
+    config: TrialConfig, bench: Workbench, outline: Outline, left: int, train: Train | None
+) -> Outline:
     """Return `outline` without the hidden dimensions of the lowest scores; the heads must divide what stays."""
     base, structure = bench.base, bench.structure(config.units)
     total, heads = base.shape.hidden, base.shape.heads
@@ -96,7 +103,7 @@ def _without_dimensions(config: TrialConfig, bench: Workbench, outline: Outline,
     if not gone:
         return outline
     statistics = bench.statistics(structure, config.calibration, config.units, hidden.needs(config.hidden))
-    context = HiddenContext(structure=structure, weights=base.weights, statistics=statistics)
+    context = HiddenContext(structure=structure, weights=base.weights, statistics=statistics, train=train)
     return dataclasses.replace(outline, hidden=hidden.kept(context, config.hidden, total - gone))
 
 

@@ -52,7 +52,34 @@ def _text(given: Any, info: pydantic.ValidationInfo) -> Any:
 
 
 Text = Annotated[str | Mix | None, pydantic.PlainValidator(_text)]
-"""What a recovery reads: a corpus, a mixture, or None for what the trial is calibrated on."""
+"""What is read to train on: a corpus, a mixture, or None for what the trial is calibrated on."""
+
+
+@value
+class TextOptions:
+    """What is read to train on: settings that all components have which train; their options are derived from these.
+
+    Args:
+        corpus: text to train on: a corpus, or a mixture; None takes the corpus of the calibration.
+        packing: ``stream`` lays documents end to end and cuts sequences anywhere; with ``documents`` a sequence holds
+            whole documents where they are not longer than it, none sees another, and positions start at 0 in each.
+        loss: which tokens count where the text has conversations (``chat/<corpus>``): all, or the answers alone. Of
+            plain text all count.
+    """
+
+    corpus: Text = None
+    packing: Literal["stream", "documents"] = "stream"
+    loss: Literal["all", "answers"] = "all"
+
+    def __post_init__(self) -> None:
+        """Check that answers are trained on beside their own questions.
+
+        Raises:
+            ConfigError: they would be cut from them.
+        """
+        if self.loss == "answers" and self.packing != "documents":
+            raise ConfigError("packing", "must be documents where loss is answers, given stream: it would cut answers "
+                                         "from their questions")  # fmt: skip
 
 
 @value

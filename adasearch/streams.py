@@ -82,7 +82,7 @@ class TrainingText:
 
 @value
 class Reading:
-    """What a recovery asks for, see `tuning.recovery.TextOptions`; `tokens` and `length` as in its options."""
+    """What a recovery asks for, see `sections.TextOptions`; `tokens` and `length` as in its options."""
 
     text: Mix
     tokens: int

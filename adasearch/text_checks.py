@@ -70,21 +70,22 @@ def check_corpora(study: StudyConfig) -> None:
     """
     for corpus, key in corpora_of(study).items():
         corpora.check_corpus(corpus, study.data_root, key)
-    for recovery, where in _recoveries(study):
-        parts = Mix.of(getattr(recovery.options, "corpus", None) or "").mix
+    for part, where in _training(study):
+        parts = Mix.of(getattr(part.options, "corpus", None) or "").mix
         twice = sorted({part.corpus for part in parts if [p.corpus for p in parts].count(part.corpus) > 1})
         if twice:
             raise ConfigError(join(where, "corpus.mix"), f"must name each corpus once, {twice[0]!r} stands twice")
     _check_perplexity(study)
 
 
-def _recoveries(study: StudyConfig) -> Iterator[tuple[Component, str]]:
-    """Yield the recoveries of a study that its files name, and their keys; those of the space show in its corners."""
-    yield TrialConfig.from_dict(study.trial, "trial").recovery, "trial.recovery"
+def _training(study: StudyConfig) -> Iterator[tuple[Component, str]]:
+    """Yield what trains by the files of a study, and the keys; what its space names shows in the corners."""
     yield study.finalize.recovery, "finalize.recovery"
-    for name, recipe in study.recipes.items():
-        if "recovery" in recipe:
-            yield TrialConfig.from_dict(merged(study.trial, recipe), name).recovery, f"recipes.{name}.recovery"
+    for where, given in (("trial", {}), *((f"recipes.{name}", r) for name, r in study.recipes.items())):
+        config = TrialConfig.from_dict(merged(study.trial, given), where)
+        for section in ("recovery", "schedule", "hidden"):
+            if where == "trial" or section in given:
+                yield getattr(config, section), join(where, section)
 
 
 def _check_perplexity(study: StudyConfig) -> None:
@@ -113,15 +114,15 @@ def check_templates(study: StudyConfig, source: ModelSource) -> None:
 
 
 def check_amounts(study: StudyConfig) -> None:
-    """Check that files on this machine hold text for one sequence of each recovery: a token is a byte at least.
+    """Check that files on this machine hold text for one sequence of all that trains: a token is a byte at least.
 
     Raises:
         ConfigError: a file that holds too little, or cannot be read.
     """
-    for recovery, where in _recoveries(study):
-        options: Any = recovery.options
+    for part, where in _training(study):
+        options: Any = part.options
         needed = min(getattr(options, "length", 0), getattr(options, "tokens", 0))
-        for corpus, key in _settings_of(recovery, where) if needed else ():
+        for corpus, key in _settings_of(part, where) if needed else ():
             if corpora.parse_corpus(corpus, study.data_root).kind != "file":
                 continue
             try:

@@ -15,22 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adasearch import costs, environment, goals, models, outlining, racing, registry
+from adasearch import costs, environment, goals, models, outlining, racing, registry, trainings
 from adasearch.conduct import Conduct, conducted
 from adasearch.config import Component, TaskScore, TrialConfig, TrialResult, mean_of
 from adasearch.errors import ConfigError, TrialError
 from adasearch.promotion import Gate
-from adasearch.pruning import allocation, schedule, statistics, surgery
+from adasearch.pruning import allocation, schedule, statistics
 from adasearch.pruning.plan import PruningPlan
 from adasearch.pruning.schedule import ScheduleContext
 from adasearch.pruning.structure import WHOLE, Outline
 from adasearch.racing import Early, Race, Rung, TaskValues
 from adasearch.tuning import divergence, evaluation, scoring
 from adasearch.tuning.adapter_files import Kept
-from adasearch.tuning.recovery import Progress, RecoveryContext, RecoveryReport
+from adasearch.tuning.recovery import Progress, RecoveryReport
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from adasearch.models import BaseModel
     from adasearch.pruning.statistics import Statistics
@@ -111,7 +111,11 @@ class Evaluated:
 
 
 def context_of(
-    config: TrialConfig, bench: Workbench, structure: ModelStructure, statistics: Statistics | None
+    config: TrialConfig,
+    bench: Workbench,
+    structure: ModelStructure,
+    statistics: Statistics | None,
+    clock: Clock | None = None,
 ) -> ScheduleContext:
     """Return what the schedule of a trial decides from, given statistics of the model before its widths are cut."""
     base = bench.outlined(structure.outline)
@@ -124,6 +128,7 @@ def context_of(
         trial=config,
         budget=allocation.aimed(bench.study.budget_of(config), config.allocation),
         device=bench.device,
+        train=trainings.of_schedule(config, bench, structure, clock or Clock()),
     )
 
 
@@ -140,7 +145,9 @@ def prune(config: TrialConfig, bench: Workbench, clock: Clock) -> Pruned:
     """Return the model cut to the budget and compensated, not yet recovered."""
     if outlining.wanted(config):
         clock.enter("outline")
-    outline = outlining.decide(config, bench)
+    learnt: dict[str, Tensor] = {}
+    outline = outlining.decide(config, bench, trainings.of_hidden(config, bench, clock, learnt))
+    bench = bench.rebased(learnt)
     base, structure = bench.outlined(outline), bench.structure(config.units, outline)
     clock.enter("calibrate")
     with refusals("calibrate"):
@@ -148,12 +155,10 @@ def prune(config: TrialConfig, bench: Workbench, clock: Clock) -> Pruned:
     statistics = bench.statistics(structure, config.calibration, config.units, schedule.needs(config))
     clock.enter("plan")
     with refusals("plan"):
-        context = goals.met(context_of(config, bench, structure, statistics), goals.of_bench(config, bench))
+        context = goals.met(context_of(config, bench, structure, statistics, clock), goals.of_bench(config, bench))
         decision = schedule.decide(context)
     clock.enter("cut")
-    model = surgery.cut(base.config, base.weights, structure, decision.plan, models.own_weights(base))
-    model = model.to(bench.device)
-    schedule.compensate(model, context, decision)
+    model = schedule.cut(context, decision, models.own_weights(base))
     return Pruned(model=model, structure=structure, plan=decision.plan, base=base)
 
 
@@ -166,21 +171,10 @@ def recover(
     conduct: Conduct = Conduct(),  # noqa: B008 - frozen
 ) -> RecoveryReport:
     """Tune the smaller model in place and return what was done."""
-    clock.enter("recover")
-    outline = pruned.structure.outline
-    validation = conduct.rules.validation
-    text = bench.recovery_text(recovery, config.calibration.corpus, config.seed, outline, validation)
-    taught = getattr(recovery.options, "distill", 0.0) > 0
-    if taught and outline.tokens is not None:
-        raise TrialError("config", "recovery.distill must be 0 where tokens go: the teacher knows others", "recover")
-    context = RecoveryContext(
-        seed=config.seed,
-        device=str(bench.device),
-        tell=lambda progress: clock.enter("recover", progress.step / progress.steps, progress),
-        teacher=bench.dense() if taught else None,
-        marks=text.marks,
-        keep=None if pruned.beside is None else functools.partial(_keep, pruned.model, pruned.beside),
-    )
+    asked = dataclasses.replace(config, recovery=recovery)
+    text, context = trainings.given("recovery", asked, bench, pruned.structure.outline, clock, conduct.rules.validation)
+    if pruned.beside is not None:
+        context = dataclasses.replace(context, keep=functools.partial(_keep, pruned.model, pruned.beside))
     train = registry.RECOVERY.get(recovery.type).function
     with conducted(conduct, context, recovery, text, pruned.plan, bench.model_key) as context:
         report: RecoveryReport = train(pruned.model, pruned.structure, text.tokens, recovery.options, context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -111,6 +112,7 @@ class Workbench:
         folder = models.fetch_weights(models.resolve(study.model), self.cache / "models", dtype)
         self.base = models.open_base(folder, dtype)
         self._checksum = models.checksum(self.base)
+        self.origin = self
         self._structures: dict[UnitsConfig, ModelStructure] = {}
         self._items: dict[str, dict[str, TaskItems]] = {}
         self._texts: dict[str, torch.Tensor] = {}
@@ -126,6 +128,20 @@ class Workbench:
     def model_key(self) -> str:
         """Return what identifies the base weights and their number format."""
         return f"{self._checksum} {self.base.dtype}"
+
+    def rebased(self, weights: dict[str, torch.Tensor]) -> Workbench:
+        """Return a workbench over the model with other weights, whose `origin` is this one; without any this one.
+
+        Args:
+            weights: of the same shapes, in place of some of the model's.
+        """
+        if not weights:
+            return self
+        found = copy.copy(self)
+        found.base = dataclasses.replace(self.base, weights={**self.base.weights, **weights})
+        found._checksum = models.checksum(found.base)
+        found._dense, found._small, found._last = None, (found.base, None), None
+        return found
 
     def structure(self, units: UnitsConfig | None = None, outline: Outline = WHOLE) -> ModelStructure:
         """Return the structure, with the units asked for, of the model that an outline leaves."""
@@ -325,28 +341,29 @@ class Workbench:
 
     def recovery_text(
         self,
-        recovery: Component,
+        part: Component,
         calibration_corpus: str,
         seed: int,
         outline: Outline = WHOLE,
+        section: str = "recovery",
         validation: ValidationConfig | None = None,
     ) -> streams.TrainingText:
-        """Return what a recovery trains on; empty for a recovery that trains on nothing.
+        """Return what a component trains on, which is a `section` of a trial; empty for one that trains on nothing.
 
         With `validation` some documents are held out of it, and are the text `held` of what is returned.
 
         Raises:
             TrialError: kind ``config``, the text cannot be had, or yields too little.
         """
-        options = recovery.options
+        options = part.options
         amount = getattr(options, "tokens", 0)
         if not amount:
             return streams.TrainingText(tokens=torch.zeros(0, dtype=torch.long))
         guard = self.guard()
         try:
-            parts = Mix.of(options.corpus or calibration_corpus).mix
+            mixed = Mix.of(options.corpus or calibration_corpus).mix
             reading = streams.Reading(
-                text=Mix(mix=tuple(dataclasses.replace(part, corpus=self.corpus(part.corpus)) for part in parts)),
+                text=Mix(mix=tuple(dataclasses.replace(each, corpus=self.corpus(each.corpus)) for each in mixed)),
                 tokens=amount,
                 length=getattr(options, "length", amount),
                 seed=seed,
@@ -357,7 +374,7 @@ class Workbench:
             share = None if validation is None else validation.share
             text = streams.training_text(tokenizer, reading, self.study.data_root, _kept(guard, share))
         except (ConfigError, DataError) as error:
-            raise TrialError("config", f"recovery.corpus: {error}", "recover") from error
+            raise TrialError("config", f"{section}.corpus: {error}", "recover") from error
         held = None if validation is None else self._held_text(validation, reading, outline)
         return dataclasses.replace(text, dropped=guard.dropped if guard is not None else 0, held=held)
 

@@ -35,7 +35,7 @@ FLOORS = [
     ["environment", "workbench", "conduct"],
     ["costs", "latencies"],
     ["goals"],
-    ["outlining", "text_checks"],
+    ["outlining", "text_checks", "trainings"],
     ["trial", "speed"],
     [
         "worker",

@@ -63,6 +63,17 @@ def test_corpora_that_cannot_be_are_refused(options, where, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [("schedule", "gates"), ("schedule", "lora_prune"), ("schedule", "movement"), ("hidden", "pat")],
+)
+def test_text_that_a_cut_is_learnt_from_is_looked_at(section, name):
+    for corpus, words in (("pydco", "did you mean"), ({"mix": [MIX["mix"][0], MIX["mix"][0]]}, "stands twice")):
+        with pytest.raises(ConfigError, match=words) as caught:
+            text_checks.check_corpora(study_of(trial={**BASE["trial"], section: {"type": name, "corpus": corpus}}))
+        assert caught.value.where.startswith(f"trial.{section}.corpus")
+
+
 @pytest.mark.parametrize(("corpus", "where", "words"), [
     ({"mix": [{"corpus": "pydoc", "weight": 0}]}, "corpus.mix.0.weight", "greater than 0, given 0"),
     ({"mix": [{"corpus": "pydoc", "weight": -1.5}]}, "corpus.mix.0.weight", "greater than 0"),

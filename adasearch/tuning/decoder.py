@@ -29,7 +29,7 @@ _RECOMPUTES: contextvars.ContextVar[bool] = contextvars.ContextVar("recomputes",
 
 
 class Update(NamedTuple):
-    """A low-rank update of one linear layer: y = gain * (x weight^T + scale * drop(x) a^T b^T) + bias.
+    """A low-rank update of one linear layer, y = gain * (z weight^T + scale * drop(z) a^T b^T) + bias, z = gate * x.
 
     Args:
         a: R × inputs.
@@ -37,6 +37,8 @@ class Update(NamedTuple):
         scale: of the update.
         dropout: share of the inputs that is dropped.
         gain: factor of each output, None for 1.
+        gate: factor of each input, None for 1; of projections that write to the residual stream, and of the columns of
+            the embedding.
     """
 
     a: Tensor
@@ -44,6 +46,7 @@ class Update(NamedTuple):
     scale: float
     dropout: float = 0.0
     gain: Tensor | None = None
+    gate: Tensor | None = None
 
 
 Updates = Mapping[nn.Module, Update]
@@ -56,7 +59,16 @@ def takes(model: Any) -> bool:
 
 def _projection(module: Any, updates: Updates) -> Projection:
     found = updates.get(module)
-    return Projection(module.weight, module.bias, *(found or ()))
+    if found is None:
+        return Projection(module.weight, module.bias)
+    a, b = (found.a, found.b) if len(found.a) else (None, None)
+    return Projection(module.weight, module.bias, a, b, found.scale, found.dropout, found.gain)
+
+
+def unchanged(module: nn.Linear | nn.Embedding) -> Update:
+    """Return an update of rank 0, which changes nothing."""
+    rows, columns = module.weight.shape
+    return Update(module.weight.new_empty(0, columns), module.weight.new_empty(rows, 0), 1.0)
 
 
 class _Run(NamedTuple):
@@ -72,6 +84,11 @@ class _Run(NamedTuple):
     plain: bool
     batch: int
     updates: Updates
+
+    def gated(self, x: Tensor, module: nn.Module) -> Tensor:
+        """Return x (N × K), which `module` reads, times its gate."""
+        found = self.updates.get(module)
+        return x if found is None or found.gate is None else x * found.gate.to(x.dtype)
 
 
 @contextlib.contextmanager
@@ -122,6 +139,7 @@ def _attention(layer: Any, x: Tensor, run: _Run) -> Tensor:
         seen = kernels.attend(q, k, v, mask, layout)
     else:
         seen = kernels.attend_fused(q, k, v, mask, layout)
+    seen = run.gated(seen, attention.o_proj)
     return kernels.project_add(seen, x, _projection(attention.o_proj, run.updates))
 
 
@@ -129,6 +147,7 @@ def _mlp(layer: Any, x: Tensor, run: _Run) -> Tensor:
     norm, mlp = layer.post_attention_layernorm, layer.mlp
     reads = tuple(_projection(p, run.updates) for p in (mlp.gate_proj, mlp.up_proj))
     gate, up = kernels.norm_project(x, norm.weight, norm.variance_epsilon, reads)
+    up = run.gated(up, mlp.down_proj)  # silu(gate) (up m) is (silu(gate) up) m
     return kernels.gated_add(gate, up, x, _projection(mlp.down_proj, run.updates))
 
 
@@ -216,7 +235,7 @@ def hidden_states(
     rotation = Rotation.of(cos.flatten(0, 1), sin.flatten(0, 1))
     masks = _masks(core, mask, segments, embedded, plain=plain)
     run = _Run(rotation=rotation, wide={}, masks=masks, plain=plain, batch=batch, updates=updates or {})
-    x = embedded.flatten(0, 1)
+    x = run.gated(embedded.flatten(0, 1), core.embed_tokens)
     again = _RECOMPUTES.get() and torch.is_grad_enabled()
     for layer in core.layers:
         x = checkpoint(_layer, layer, x, run, use_reentrant=False) if again else _layer(layer, x, run)

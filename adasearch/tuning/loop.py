@@ -48,8 +48,6 @@ def train(
         TrialError: kind ``nan`` where a loss or gradient is not finite; kind ``config`` where the stream is too short,
             a teacher is missing, a checkpoint is of another run, or the time does not do.
     """
-    if config.distill > 0 and context.teacher is None:
-        raise TrialError("config", f"distill {config.distill} needs the dense model, given none", PHASE)
     course = _Course(model, masters, config, context, adapters)
     with course.open():
         for drawn in batches(tokens, config, context.marks, course.first):
@@ -148,6 +146,7 @@ class _Course:
             share = part.predicted / whole
             total, nll = _loss(self._model, part, self._riding, self._config, self._context)
             (total if share == 1.0 else total * share).backward()  # type: ignore[no-untyped-call]
+            self._riding.graded()
             sums += torch.stack((total.detach(), nll)).cpu().double() * share
             if share < 1.0:
                 self._masters.gather()
@@ -330,8 +329,7 @@ def _loss(
         model,
         batch.ids,
         updates=riding.updates(),
-        teacher=context.teacher,
-        distill=config.distill,
+        lesson=config.lesson(context.teacher),
         marks=batch.marks,
     )
     penalty = riding.penalty()

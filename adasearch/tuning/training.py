@@ -43,7 +43,10 @@ class TrainingConfig:
         warmup: share of the steps during which the rate rises linearly to `lr`; then it falls along a cosine to 0.
         weight_decay: AdamW's, on matrices only.
         grad_clip: greatest norm of the gradient over everything that is trained.
-        distill: weight of KL(dense || smaller) beside the next-token loss.
+        distill: weight of KL(dense || smaller) beside the next-token loss, see `Lesson`.
+        temperature: of that divergence.
+        hidden: weight of the error of the last hidden states.
+        hard: weight of the next-token loss where there is a teacher.
     """
 
     tokens: int
@@ -54,6 +57,9 @@ class TrainingConfig:
     weight_decay: float = 0.0
     grad_clip: float = 1.0
     distill: float = 0.0
+    temperature: float = 1.0
+    hidden: float = 0.0
+    hard: float = 1.0
 
     @property
     def steps(self) -> int:
@@ -65,6 +71,40 @@ class TrainingConfig:
         """Return the run that the options of a recovery describe, which name its settings as here."""
         names = [f.name for f in dataclasses.fields(TrainingConfig) if hasattr(options, f.name)]
         return TrainingConfig(**{name: getattr(options, name) for name in names})
+
+    def lesson(self, teacher: nn.Module | None) -> Lesson | None:
+        """Return what is learnt from the dense model, None where nothing is.
+
+        Raises:
+            TrialError: something is, and there is no teacher (kind ``config``).
+        """
+        if self.distill == 0 and self.hidden == 0:
+            return None
+        if teacher is None:
+            raise TrialError("config", f"distill {self.distill} needs the dense model, given none", PHASE)
+        return Lesson(teacher, self.distill, self.temperature, self.hidden, self.hard)
+
+
+class Lesson(NamedTuple):
+    """What a model learns from a teacher: loss = hard CE + weight t^2 KL(q_t || p_t) + hidden |h - g|^2 / |g|^2.
+
+    p_t and q_t are the softmax of the model's and of the teacher's logits over the temperature t, and t^2 keeps the
+    gradient's size whatever t (Hinton et al., arXiv 1503.02531, section 2); h and g are the last hidden states, whose
+    squared error counts relative to the teacher's as in Puzzle (arXiv 2411.19146).
+
+    Args:
+        teacher: model of the same vocabulary.
+        weight: of the divergence.
+        temperature: t.
+        hidden: weight of the states' error; above 0 the hidden sizes must be equal.
+        hard: weight of the next-token loss CE.
+    """
+
+    teacher: nn.Module
+    weight: float = 1.0
+    temperature: float = 1.0
+    hidden: float = 0.0
+    hard: float = 1.0
 
 
 class Batch(NamedTuple):
@@ -141,8 +181,9 @@ def _log(p: Tensor) -> Tensor:
 class _HeadLoss(torch.autograd.Function):
     """Next-token loss of an output head whose gradients are computed along with it, chunk by chunk.
 
-    With p the softmax of the logits, t the one-hot target and q the teacher's softmax, the loss per position is
-    CE + w KL(q || p) and its gradient on the logits is (1 + w) p - t - w q. Only some rows of logits exist at a time.
+    With p the softmax of the logits, y the one-hot target, and p_t and q_t the softmax of the logits and of the
+    teacher's over the temperature t, the loss per position is a CE + w t^2 KL(q_t || p_t), and its gradient on the
+    logits a (p - y) + w t (p_t - q_t). Only some rows of logits exist at a time.
     """
 
     @staticmethod
@@ -152,9 +193,19 @@ class _HeadLoss(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         teacher: Callable[[slice], Tensor] | None,
-        distill: float,
+        law: tuple[float, float, float],
     ) -> tuple[Tensor, Tensor]:
-        """Return (loss, next-token part), both float32 scalars, for hidden N × D, weight V × D and targets N."""
+        """Return (loss, next-token part), both float32 scalars.
+
+        Args:
+            ctx: of autograd.
+            hidden: N × D.
+            weight: V × D.
+            targets: N.
+            teacher: gives the teacher's logits of some rows.
+            law: (a, w, t) as above.
+        """
+        hard, soft, temperature = law
         count = targets.numel()
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None  # type: ignore[attr-defined]
@@ -168,10 +219,13 @@ class _HeadLoss(torch.autograd.Function):
                 index = targets[part, None]
                 nll -= _log(p.gather(1, index)).sum()
                 if teacher is not None:
-                    q = teacher(part).float().softmax(-1)
-                    divergence += (q * (_log(q) - _log(p))).sum()
-                    p.mul_(1.0 + distill).sub_(q, alpha=distill)
-                p.scatter_add_(1, index, torch.full_like(index, -1.0, dtype=torch.float32))
+                    q = teacher(part).float().div_(temperature).softmax(-1)
+                    tempered = p.clone() if temperature == 1.0 else (wide / temperature).softmax(-1)
+                    divergence += (q * (_log(q) - _log(tempered))).sum()
+                    p.mul_(hard).add_(tempered.sub_(q), alpha=soft * temperature)
+                elif hard != 1.0:
+                    p.mul_(hard)
+                p.scatter_add_(1, index, torch.full_like(index, -hard, dtype=torch.float32))
                 logits[piece] = p  # in the dtype of the model, in place of what it came from
             torch.mm(logits, weight, out=grad_hidden[rows])
             if grad_weight is not None:
@@ -182,7 +236,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         nll = nll / count
         ctx.mark_non_differentiable(nll)
-        return nll + distill * divergence / count, nll
+        return hard * nll + soft * temperature**2 * divergence / count, nll
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -206,8 +260,7 @@ def next_token_loss(
     ids: Tensor,
     *,
     updates: Updates | None = None,
-    teacher: nn.Module | None = None,
-    distill: float = 0.0,
+    lesson: Lesson | None = None,
     marks: Marks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the mean loss to minimise and its next-token part, in nats per predicted token that counts.
@@ -216,22 +269,33 @@ def next_token_loss(
         model: causal language model that `decoder` takes, with a linear output head without bias.
         ids: token ids, B × T, T at least 2.
         updates: low-rank updates of the model's linear layers.
-        teacher: model of the same vocabulary; used where `distill` is above 0.
-        distill: weight of KL(teacher || model).
+        lesson: what is learnt from a teacher beside the next token, None for nothing. Of the teacher only the last
+            hidden states are held; its logits are made again from them, chunk by chunk.
         marks: of `ids`, B × T; at least one token must count. None: all do, and sequences are whole.
     """
     hidden, weight = _states(model, ids, updates, marks)
     targets = ids[:, 1:].flatten() if marks is None else ids[:, 1:][marks.predicted()]
-    logits = None
-    if teacher is not None and distill > 0:
-        with torch.no_grad():
-            states, head = _states(teacher, ids, marks=marks)
+    if lesson is None:
+        alone: tuple[Tensor, Tensor] = _HeadLoss.apply(hidden, weight, targets, None, (1.0, 0.0, 1.0))  # type: ignore[no-untyped-call]
+        return alone
+    with torch.no_grad():
+        states, head = _states(lesson.teacher, ids, marks=marks)
 
-        def logits(part: slice) -> Tensor:
-            return states[part] @ head.T
+    def logits(part: slice) -> Tensor:
+        return states[part] @ head.T
 
-    losses: tuple[Tensor, Tensor] = _HeadLoss.apply(hidden, weight, targets, logits, distill)  # type: ignore[no-untyped-call]
-    return losses
+    law = (lesson.hard, lesson.weight, lesson.temperature)
+    taught = logits if lesson.weight > 0 else None
+    loss, nll = _HeadLoss.apply(hidden, weight, targets, taught, law)  # type: ignore[no-untyped-call]
+    if lesson.hidden > 0:
+        loss = loss + lesson.hidden * relative_error(hidden, states)
+    return loss, nll
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return |found - wanted|^2 / |wanted|^2 over all elements, float32."""
+    wanted = wanted.float()
+    return (found.float() - wanted).square().sum() / wanted.square().sum()
 
 
 class Adapters:
@@ -251,6 +315,9 @@ class Adapters:
     def updates(self) -> Updates:
         """Return the updates of the next forward, in the graph of what is trained; made anew for every step."""
         return self._updates
+
+    def graded(self) -> None:
+        """Look at the gradients of what is trained, as the backward pass left them; nothing here."""
 
     def penalty(self) -> Tensor | None:
         """Return what is added to the loss (float32 scalar), None for nothing."""

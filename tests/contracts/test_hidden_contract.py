@@ -5,11 +5,14 @@ import dataclasses
 import pytest
 import torch
 
+from adasearch import models
 from adasearch.config import Component
 from adasearch.pruning import hidden
 from adasearch.pruning.hidden import HiddenContext
 from adasearch.pruning.statistics import FAMILIES, Statistics
 from adasearch.registry import HIDDEN
+from adasearch.tuning.recovery import RecoveryContext
+from adasearch.tuning.sparsification import Goal, sparsify
 from tests.pruning.sample import sample
 
 
@@ -19,7 +22,13 @@ class TestHiddenContract:
         return Component(type=name, options=HIDDEN.get(name).options())
 
     def _context(self, case, statistics=None):
-        return HiddenContext(structure=case.structure, weights=case.weights, statistics=statistics or case.statistics)
+        def train(start, number, options):
+            run = dataclasses.replace(options, tokens=120, length=10, batch=3, distill=0.0)
+            model = models.assemble(models.empty_model(case.config), case.weights)
+            return sparsify(model, case.structure, case.tokens.flatten(), Goal(start, number, run), RecoveryContext())
+
+        given = {"structure": case.structure, "weights": case.weights, "train": train}
+        return HiddenContext(statistics=statistics or case.statistics, **given)
 
     def test_registers_its_file_name_and_frozen_options_that_say_how_much_goes(self, name):
         entry = HIDDEN.get(name)
@@ -29,6 +38,7 @@ class TestHiddenContract:
         assert 0 <= options.remove < 1
         assert entry.function.__doc__
         assert hidden.needs(self._component(name)) <= FAMILIES
+        assert set(entry.facts) == {"needs", "learns"}
 
     def test_keeps_as_many_as_asked_ascending_and_says_so_again(self, name):
         case = sample()

@@ -6,14 +6,16 @@ import torch
 from adasearch.registry import RECOVERY
 from adasearch.tuning.recovery import RecoveryContext
 from tests.tiny import FAMILIES
-from tests.tuning.test_recovery import BATCH, LENGTH, cut_model, options, plain_loss, stream
+from tests.tuning.test_recovery import BATCH, LENGTH, cut_model, options, plain_loss, stream, taught
 
 
 def run(name, model, structure, seed=5, **changes):
     entry = RECOVERY.get(name)
     if "rank" in entry.options.__dataclass_fields__:
         changes = {"rank": 4, **changes}  # the smaller side of the smallest projection that is left
-    return entry.function(model, structure, stream(), options(name, **changes), RecoveryContext(seed=seed))
+    given = options(name, **changes)
+    teacher = taught(model) if getattr(given, "distill", 0) else None
+    return entry.function(model, structure, stream(), given, RecoveryContext(seed=seed, teacher=teacher))
 
 
 @pytest.mark.parametrize("name", RECOVERY.names())

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from adasearch.pruning import schedule, surgery
+from adasearch.pruning import schedule
 from adasearch.pruning.plan import check_plan
 from adasearch.pruning.projection import removal
 from adasearch.registry import SCHEDULE
@@ -16,9 +16,7 @@ from tests.tiny import FAMILIES
 def _made(context):
     """The decision, and the model that it ends in."""
     decision = schedule.decide(context)
-    model = surgery.cut(context.config, context.weights, context.structure, decision.plan)
-    schedule.compensate(model, context, decision)
-    return decision, model
+    return decision, schedule.cut(context, decision)
 
 
 @pytest.mark.parametrize("name", SCHEDULE.names())
@@ -29,7 +27,7 @@ class TestScheduleContract:
         assert dataclasses.is_dataclass(entry.options())
         assert hash(entry.options()) == hash(entry.options())
         assert entry.function.__doc__
-        assert {"compensates", "selects", "sources"} == set(entry.facts)
+        assert {"compensates", "selects", "sources", "learns"} == set(entry.facts)
 
     @pytest.mark.parametrize("remove", [0.05, 0.2, 0.35])
     @pytest.mark.parametrize("compensation", ["none", "bias", "least_squares", "affine_out"])
@@ -83,7 +81,8 @@ class TestScheduleContract:
                 assert decision.plan.keep[group.name] == tuple(range(group.units))
                 assert group.output not in decision.outputs
                 for part in group.slices:
-                    assert torch.equal(weights[part.parameter], case.weights[part.parameter])
+                    base = decision.weights.get(part.parameter, case.weights[part.parameter])
+                    assert torch.equal(weights[part.parameter], base)
             elif group.kind == "mlp":
                 assert len(decision.plan.keep[group.name]) < group.units
 
@@ -91,6 +90,14 @@ class TestScheduleContract:
         context = schedule_context(sample(), name, budget_of={"multiple_of": 8})
         widths = schedule.decide(context).plan.widths(context.structure)
         assert all(w % 8 == 0 for g, w in widths.items() if g.endswith("mlp"))
+
+    def test_only_what_learns_changes_what_is_cut(self, name):
+        context = schedule_context(sample(), name)
+        decision = schedule.decide(context)
+        assert bool(decision.weights) == SCHEDULE.get(name).facts["learns"]
+        for key, weight in decision.weights.items():
+            assert weight.shape == context.weights[key].shape
+            assert not torch.equal(weight, context.weights[key])
 
     def test_reads_the_seed(self, name):
         plans = [schedule.decide(schedule_context(sample(), name, importance="random", seed=s)).plan for s in (0, 0, 1)]

@@ -14,6 +14,8 @@ from adasearch.pruning.statistics import STREAM, Statistics
 from adasearch.pruning.structure import Group, ModelStructure, Slice
 from adasearch.registry import ALLOCATION, COMPENSATION, IMPORTANCE
 from adasearch.sections import BudgetConfig
+from adasearch.tuning.learning import learn
+from adasearch.tuning.recovery import RecoveryContext
 from tests.tiny import VOCABULARY, tiny_config, tiny_structure, tiny_weights
 
 NEEDS = frozenset({"moments", "covariance", "votes", "inputs", "gradient", "fisher"})
@@ -45,7 +47,13 @@ def sample(attention="kv_group", dtype=torch.float64, family="llama", **changes)
     )
 
 
-QUICK = {"mask_regression": {"type": "mask_regression", "masks": 8, "steps": 2, "sequences": 2}}
+STEPS = {"tokens": 120, "length": 10, "batch": 3}  # four of them
+QUICK = {
+    "mask_regression": {"type": "mask_regression", "masks": 8, "steps": 2, "sequences": 2},
+    "gates": {"type": "gates", **STEPS},
+    "lora_prune": {"type": "lora_prune", "every": 1, **STEPS},
+    "movement": {"type": "movement", "every": 1, **STEPS},
+}
 
 
 def schedule_context(case, schedule, remove=0.2, weights=None, budget_of=None, **parts):
@@ -54,7 +62,13 @@ def schedule_context(case, schedule, remove=0.2, weights=None, budget_of=None, *
     units = {"attention": case.units.attention, "mlp": case.units.mlp}
     told = {"calibration": {"corpus": "none"}, "units": units, "schedule": QUICK.get(str(schedule), schedule), **parts}
     trial = TrialConfig.from_dict(told, "trial")
+
+    def train(model, learner):
+        context = RecoveryContext(seed=trial.seed, teacher=case.model)
+        return learn(model, case.structure, case.tokens.flatten(), trial.schedule.options, learner, context)
+
     return ScheduleContext(
+        train=train,
         config=case.config,
         weights=weights or case.weights,
         structure=case.structure,

@@ -35,8 +35,7 @@ METHODS = {
 def made(context):
     """The decision, and the model that it ends in."""
     decision = schedule.decide(context)
-    model = surgery.cut(context.config, context.weights, context.structure, decision.plan)
-    schedule.compensate(model, context, decision)
+    model = schedule.cut(context, decision)
     return decision, model
 
 

@@ -11,7 +11,7 @@ from adasearch.errors import ConfigError, TrialError
 from adasearch.streams import Marks
 from adasearch.tuning import decoder
 from adasearch.tuning.recovery import RecoveryContext
-from adasearch.tuning.training import TrainingConfig, batches, next_token_loss, sequences
+from adasearch.tuning.training import Lesson, TrainingConfig, batches, next_token_loss, sequences
 from tests import tiny
 from tests.tuning.test_decoder import cut_model
 from tests.tuning.test_recovery import BATCH, LENGTH, options, recover, stream
@@ -76,16 +76,16 @@ def test_a_sliding_window_counts_inside_of_a_document(short):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_packed_loss_and_gradients_are_those_of_each_document_alone(family, distill, short):
     model = cut_model(family).requires_grad_(True)
-    teacher = cut_model(family, intermediate_size=48) if distill else None
+    lesson = Lesson(cut_model(family, intermediate_size=48), distill) if distill else None
     twin = copy.deepcopy(model)
     ids, marks = packed()
-    total, nll = next_token_loss(model, ids, teacher=teacher, distill=distill, marks=marks)
+    total, nll = next_token_loss(model, ids, lesson=lesson, marks=marks)
     total.backward()
     whole = [document for row in documents() for document in row if len(document) > 1]
     count = sum(len(document) - 1 for document in whole)
     expected = 0.0
     for document in whole:
-        one, part = next_token_loss(twin, document[None], teacher=teacher, distill=distill)
+        one, part = next_token_loss(twin, document[None], lesson=lesson)
         (one * (len(document) - 1) / count).backward()
         expected += part.item() * (len(document) - 1) / count
     assert nll.item() == pytest.approx(expected, abs=1e-5)

@@ -11,7 +11,7 @@ from adasearch.errors import ConfigError, TrialError
 from adasearch.pruning import surgery
 from adasearch.registry import RECOVERY
 from adasearch.tuning.recovery import RecoveryContext
-from adasearch.tuning.training import Masters, TrainingConfig, learning_rate, next_token_loss, sequences
+from adasearch.tuning.training import Lesson, Masters, TrainingConfig, learning_rate, next_token_loss, sequences
 from tests import tiny
 
 LENGTH, BATCH = 16, 4
@@ -45,6 +45,14 @@ def recover(name, model, structure, tokens=None, context=None, **changes):
     )
 
 
+def taught(model):
+    """Return a copy of a model that has learnt the stream: a teacher."""
+    found = copy.deepcopy(model)
+    with torch.random.fork_rng():
+        recover("full", found, None, lr=1e-2)
+    return found
+
+
 def plain_loss(model, ids):
     with torch.no_grad():
         logits = model(input_ids=ids).logits
@@ -75,7 +83,7 @@ def test_distillation_loss_and_gradients_equal_autograd(monkeypatch):
     teacher, _ = cut_model(hidden_size=24, intermediate_size=48)
     twin = copy.deepcopy(model)
     ids = stream(64).view(4, 16)
-    total, nll = next_token_loss(model, ids, teacher=teacher, distill=0.7)
+    total, nll = next_token_loss(model, ids, lesson=Lesson(teacher, 0.7))
     total.backward()
     log_p = twin(input_ids=ids).logits[:, :-1].flatten(0, 1).log_softmax(-1)
     log_q = teacher(input_ids=ids).logits[:, :-1].flatten(0, 1).log_softmax(-1).detach()
@@ -139,7 +147,7 @@ def test_weights_that_are_not_finite_are_told(name):
     model, structure = cut_model()
     model.model.norm.weight.data[0] = math.nan
     with pytest.raises(TrialError, match="step 1 of 8") as caught:
-        recover(name, model, structure)
+        recover(name, model, structure, context=RecoveryContext(teacher=cut_model()[0]))
     assert (caught.value.kind, caught.value.phase) == ("nan", "recover")
 
 
@@ -154,7 +162,7 @@ def test_an_error_in_the_middle_leaves_no_adapter(name):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        recover(name, model, structure, context=RecoveryContext(seed=0, report=stop))
+        recover(name, model, structure, context=RecoveryContext(report=stop, teacher=cut_model()[0]))
     assert list(model.state_dict()) == names
     assert not hasattr(model, "peft_config")
     assert not any(p.requires_grad for p in model.parameters())

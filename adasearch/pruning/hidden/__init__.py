@@ -3,13 +3,14 @@
 An entry is ``score(context: HiddenContext, options) -> Tensor``: one number per dimension (D, higher = keep). Its
 options have `remove`, the fraction of the dimensions that goes at most: never more than the budget asks for, and as
 many stay as the family's heads divide. Its fact `needs` is a function ``options -> frozenset[str]``: the families of
-`Statistics` that it reads.
+`Statistics` that it reads; its fact `learns`, whether it trains, so that other weights than those of the base are cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +24,22 @@ from adasearch.registry import HIDDEN
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HiddenContext:
-    """What a rule may look at: the dense model's structure, weights by full name, and statistics."""
+    """What a rule may look at.
+
+    Args:
+        structure: of the dense model.
+        weights: of the same, by full name.
+        statistics: of the same, as far as the rule needs any.
+        number: of dimensions that stay.
+        train: trains the dense model to find them, given first scores (D), that number and the rule's options; returns
+            the scores that came of it. Needed by rules that learn.
+    """
 
     structure: ModelStructure
     weights: Mapping[str, Tensor]
     statistics: Statistics | None
+    number: int = 0
+    train: Callable[[Tensor, int, Any], Tensor] | None = None
 
     @property
     def known(self) -> Statistics:
@@ -48,14 +60,19 @@ def needs(component: Component) -> frozenset[str]:
     return found
 
 
+def highest(scores: Tensor, number: int) -> tuple[int, ...]:
+    """Return the `number` dimensions of the highest scores (D), ascending; of equal ones the first."""
+    return tuple(sorted(scores.argsort(descending=True, stable=True)[:number].tolist()))
+
+
 def kept(context: HiddenContext, component: Component, number: int) -> tuple[int, ...]:
     """Return the `number` dimensions of the highest scores, ascending; of equal ones the first.
 
     Raises:
         TrialError: a score is not finite (kind ``nan``).
     """
-    scores: Tensor = HIDDEN.get(component.type).function(context, component.options)
+    scores: Tensor = HIDDEN.get(component.type).function(replace(context, number=number), component.options)
     assert scores.shape == (context.dimensions,), f"{component.type} gave scores of shape {tuple(scores.shape)}"
     if not bool(torch.isfinite(scores).all()):
         raise TrialError("nan", f"{component.type} scores of hidden dimensions must be finite", "outline")
-    return tuple(sorted(scores.argsort(descending=True, stable=True)[:number].tolist()))
+    return highest(scores, number)

@@ -17,7 +17,7 @@ class ActivationNormOptions:
     remove: Share = 0.1
 
 
-@HIDDEN.register(options=ActivationNormOptions, needs=lambda _: frozenset({"inputs"}))
+@HIDDEN.register(options=ActivationNormOptions, needs=lambda _: frozenset({"inputs"}), learns=False)
 def score(context: HiddenContext, options: ActivationNormOptions) -> Tensor:  # noqa: ARG001 - the signature of the set
     """Return the sum over sublayers of the norm over tokens of each dimension after the sublayer's norm (D, float64).
 

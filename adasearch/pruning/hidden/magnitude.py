@@ -17,12 +17,17 @@ class MagnitudeOptions:
     remove: Share = 0.1
 
 
-@HIDDEN.register(options=MagnitudeOptions, needs=lambda _: frozenset())
+@HIDDEN.register(options=MagnitudeOptions, needs=lambda _: frozenset(), learns=False)
 def score(context: HiddenContext, options: MagnitudeOptions) -> Tensor:  # noqa: ARG001 - the signature of the set
     """Return the root of the sum of squares of all that a dimension owns in matrices (D, float64).
 
     LLM-Pruner's channel-wise magnitude (arXiv 2305.11627), whose groups run along the residual stream.
     """
+    return magnitudes(context)
+
+
+def magnitudes(context: HiddenContext) -> Tensor:
+    """Return the scores of `score`."""
     total = torch.zeros(context.dimensions, dtype=torch.float64)
     for piece in context.structure.stream:
         weight = context.weights[piece.parameter]

@@ -19,7 +19,7 @@ class NoneOptions:
     remove: Literal[0] = 0
 
 
-@HIDDEN.register(options=NoneOptions, needs=lambda _: frozenset())
+@HIDDEN.register(options=NoneOptions, needs=lambda _: frozenset(), learns=False)
 def score(context: HiddenContext, options: NoneOptions) -> Tensor:  # noqa: ARG001 - the signature of the set
     """Return the same for every dimension (D)."""
     return torch.ones(context.dimensions)

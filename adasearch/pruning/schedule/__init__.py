@@ -3,8 +3,9 @@
 An entry is ``decide(context: ScheduleContext, options) -> Decision``: which units of the whole model stay, found in one
 go, layer by layer or in many small steps, and, where it compensates on its way, what the output projections become.
 Facts: `compensates`, whether it does; `selects`, whether any selection may choose the units, or `top` alone; `sources`,
-where the statistics may come from that it takes on its way, None for all (`accumulators.Source`). Whatever the
-schedule, the widths meet the budget and the base weights are only read.
+where the statistics may come from that it takes on its way, None for all (`accumulators.Source`); `learns`, whether it
+trains, so that other weights than those of the base are cut (`_learning`). Whatever the schedule, the widths meet the
+budget and the base weights are only read.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 
 from adasearch.config import TrialConfig
 from adasearch.errors import ConfigError
-from adasearch.pruning import allocation, compensation, importance, selection
+from adasearch.pruning import allocation, compensation, importance, selection, surgery
 from adasearch.pruning.allocation import AllocationContext
-from adasearch.pruning.plan import Choose, PruningPlan
+from adasearch.pruning.learning import Learner
+from adasearch.pruning.plan import Choose, PruningPlan, highest, make_plan
+from adasearch.pruning.projection import project
 from adasearch.pruning.statistics import ACCUMULATORS, Statistics, merged_from
 from adasearch.pruning.structure import ModelStructure
 from adasearch.registry import SCHEDULE, Entry
@@ -39,10 +42,14 @@ class Decision:
         plan: which units stay.
         outputs: compensated output projections by module name, of all groups that are cut; empty where compensation
             follows the cut.
+        weights: parameters by full name, of dense shapes, that are cut in place of those of the base.
+        statistics: of the model with these weights, as far as compensation needs any; None where they are the base's.
     """
 
     plan: PruningPlan
     outputs: Mapping[str, Output] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    statistics: Statistics | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,6 +65,8 @@ class ScheduleContext:
         trial: criterion, allocation, compensation and schedule, with their options, and the seed.
         budget: what must go.
         device: where a model runs.
+        train: trains a dense model with a learner's gates as the options of the schedule say, see
+            `tuning.learning.learn`; needed by schedules that learn.
     """
 
     config: Any
@@ -68,6 +77,7 @@ class ScheduleContext:
     trial: TrialConfig
     budget: BudgetConfig
     device: torch.device
+    train: Callable[[nn.Module, Learner], object] | None = None
 
     @property
     def biases(self) -> tuple[str, ...]:
@@ -112,6 +122,22 @@ class ScheduleContext:
         )
         return allocation.shape(seen, self.trial.allocation)
 
+    def plan(self, scores: Mapping[str, Tensor], *, part: float = 1.0, choose: Choose = highest) -> PruningPlan:
+        """Return the plan at the widths that the allocator, seeing these scores, finds for a part of the budget.
+
+        Args:
+            scores: U by name of group, higher = keep.
+            part: of what must go, in (0, 1].
+            choose: says which units stay at a width.
+
+        Raises:
+            ConfigError: no widths meet the budget.
+            TrialError: a score is not finite (kind ``nan``).
+        """
+        ratios = self.ratios(scores, self.statistics, self.budget)
+        widths = project(self.structure, ratios, self.budget, self.biases, part=part)
+        return make_plan(self.structure, self.trial.units, scores, widths, self.biases, choose)
+
 
 def _entry(trial: TrialConfig) -> Entry:
     return SCHEDULE.get(trial.schedule.type)
@@ -125,8 +151,9 @@ def scored_from(trial: TrialConfig) -> frozenset[str]:
 
 def needs(trial: TrialConfig) -> frozenset[str]:
     """Return the families of statistics of the dense model that the steps of a trial read."""
-    late = frozenset[str]() if _entry(trial).facts["compensates"] else compensation.needs(trial.compensation)
-    return scored_from(trial) | late
+    facts = _entry(trial).facts
+    early = facts["compensates"] or facts["learns"]  # in time to look at a model of its own
+    return scored_from(trial) | (frozenset() if early else compensation.needs(trial.compensation))
 
 
 def check(trial: TrialConfig, where: str = "schedule") -> None:
@@ -165,16 +192,29 @@ def decide(context: ScheduleContext) -> Decision:
     return decision
 
 
-def compensate(model: nn.Module, context: ScheduleContext, decision: Decision) -> None:
-    """Compensate `model`, which was just cut by the decision's plan, in place, where the schedule has not done so yet.
+def cut(context: ScheduleContext, decision: Decision, whole: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Return the model that a decision ends in, cut and compensated, on the device of the context.
+
+    Args:
+        context: that was decided from.
+        decision: what came of it.
+        whole: equal to the weights of the context, and the model's to keep, see `surgery.cut`.
 
     Raises:
-        TrialError: the result is not finite (kind ``nan``).
+        TrialError: the compensation is not finite (kind ``nan``).
     """
+    weights = {**context.weights, **decision.weights}
+    own = None if whole is None else {**whole, **decision.weights}
+    model = surgery.cut(context.config, weights, context.structure, decision.plan, own).to(context.device)
+    _compensate(model, context, decision, weights)
+    return model
+
+
+def _compensate(model: nn.Module, context: ScheduleContext, decision: Decision, weights: Mapping[str, Tensor]) -> None:
+    """Compensate `model`, which was just cut from `weights`, in place, where the schedule has not done so yet."""
     if not _entry(context.trial).facts["compensates"]:
-        compensation.apply(
-            model, context.structure, decision.plan, context.statistics, context.weights, context.trial.compensation
-        )
+        statistics = decision.statistics or context.statistics
+        compensation.apply(model, context.structure, decision.plan, statistics, weights, context.trial.compensation)
         return
     with torch.no_grad():
         for name, (weight, bias) in decision.outputs.items():

@@ -87,7 +87,7 @@ def _widths(
     return project(context.structure, ratios, context.budget, context.biases, before, part)
 
 
-@SCHEDULE.register(options=IterativeOptions, compensates=False, selects=False, sources=None)
+@SCHEDULE.register(options=IterativeOptions, compensates=False, selects=False, sources=None, learns=False)
 def decide(context: ScheduleContext, options: IterativeOptions) -> Decision:
     """Return which units stay after T steps, each of which removes 1 / T of what must go: Adapt-Pruner.
 

@@ -46,7 +46,7 @@ def _split(structure: ModelStructure, whole: Tensor) -> dict[str, Tensor]:
     return {group.name: part for group, part in zip(structure.groups, parts, strict=True)}
 
 
-@SCHEDULE.register(options=MaskRegressionOptions, compensates=False, selects=False, sources=None)
+@SCHEDULE.register(options=MaskRegressionOptions, compensates=False, selects=False, sources=None, learns=False)
 def decide(context: ScheduleContext, options: MaskRegressionOptions) -> Decision:
     """Return which units stay when, before every step, the loss of masked models judges them: Bonsai.
 

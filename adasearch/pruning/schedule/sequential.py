@@ -125,7 +125,7 @@ def _widths(context: ScheduleContext) -> dict[str, int]:
     return project(context.structure, ratios, context.budget, context.biases)
 
 
-@SCHEDULE.register(compensates=True, selects=True, sources=_FORWARD)
+@SCHEDULE.register(compensates=True, selects=True, sources=_FORWARD, learns=False)
 def decide(context: ScheduleContext, options: NoOptions) -> Decision:  # noqa: ARG001 - the set's signature
     """Go through the model layer by layer, attention before the MLP: measure, score, cut and compensate each sublayer.
 

@@ -8,7 +8,8 @@ Signature of an entry::
 `tokens` is a 1-D stream; where `RecoveryContext.marks` is given, it says which of them belong together and which
 count, and `loop.train` heeds it. The model is changed in place and is left in eval mode, of the dtype and shapes it
 had, with adapters merged and nothing that requires a gradient, also where an error is raised. Loss that is not finite
-raises ``TrialError("nan", ..., "recover")``. Entries that train have the options of `TextOptions` and `tokens`, read by
+raises ``TrialError("nan", ..., "recover")``. Entries that train have the options of
+`sections.TextOptions` and `tokens`, read by
 the trial, which fetches the stream: `corpus` None means the corpus of the calibration. An option `distill` above 0 asks
 for the dense model in the context.
 
@@ -25,14 +26,14 @@ Fact `adapters`: True where what is trained are low-rank updates, which `Recover
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import pydantic
 
 from adasearch.documents import join, value
 from adasearch.errors import ConfigError
 from adasearch.registry import RECOVERY
-from adasearch.sections import Text, TrainingRules
+from adasearch.sections import TrainingRules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,33 +69,6 @@ def check(component: Component, structure: ModelStructure, shapes: Mapping[str, 
     except ConfigError as error:
         key = where if where.endswith(f".{error.where}") else join(where, error.where)
         raise ConfigError(key, error.problem) from None
-
-
-@value
-class TextOptions:
-    """What a recovery reads: settings that all have which train; their options are derived from these.
-
-    Args:
-        corpus: text to train on: a corpus, or a mixture; None takes the corpus of the calibration.
-        packing: ``stream`` lays documents end to end and cuts sequences anywhere; with ``documents`` a sequence holds
-            whole documents where they are not longer than it, none sees another, and positions start at 0 in each.
-        loss: which tokens count where the text has conversations (``chat/<corpus>``): all, or the answers alone. Of
-            plain text all count.
-    """
-
-    corpus: Text = None
-    packing: Literal["stream", "documents"] = "stream"
-    loss: Literal["all", "answers"] = "all"
-
-    def __post_init__(self) -> None:
-        """Check that answers are trained on beside their own questions.
-
-        Raises:
-            ConfigError: they would be cut from them.
-        """
-        if self.loss == "answers" and self.packing != "documents":
-            raise ConfigError("packing", "must be documents where loss is answers, given stream: it would cut answers "
-                                         "from their questions")  # fmt: skip
 
 
 @value

@@ -17,10 +17,11 @@ from adasearch.documents import Count, NonNegative, Positive, Share, value
 from adasearch.errors import ConfigError, TrialError
 from adasearch.pruning.structure import ModelStructure
 from adasearch.registry import nearest
+from adasearch.sections import TextOptions
 from adasearch.tuning.decoder import Update, Updates
 from adasearch.tuning.loop import train
 from adasearch.tuning.masters import Masters
-from adasearch.tuning.recovery import RecoveryContext, RecoveryReport, SequenceLength, TextOptions
+from adasearch.tuning.recovery import RecoveryContext, RecoveryReport, SequenceLength
 from adasearch.tuning.training import PHASE, Adapters, TrainingConfig, seeded
 
 _SETS = {
@@ -166,8 +167,10 @@ def check(options: AdapterOptions, shapes: Mapping[str, tuple[int, ...]]) -> Non
         raise ConfigError("begin", f"must be below end, {options.end:g}, given {options.begin:g}")
 
 
-def projections(model: nn.Module, structure: ModelStructure, options: AdapterOptions) -> dict[str, nn.Linear]:
-    """Return the modules that get an update by their path, and freeze the model.
+def projections(
+    model: nn.Module, structure: ModelStructure, options: AdapterOptions, section: str = "recovery"
+) -> dict[str, nn.Linear]:
+    """Return the modules that get an update by their path, and freeze the model; `section` is that of the options.
 
     Raises:
         TrialError: the cut left a projection that is smaller than the rank, or none of those that are named.
@@ -178,7 +181,7 @@ def projections(model: nn.Module, structure: ModelStructure, options: AdapterOpt
     try:
         check(options, {name: tuple(module.weight.shape) for name, module in found.items()})
     except ConfigError as error:
-        raise TrialError("config", f"recovery.{error}", PHASE) from error
+        raise TrialError("config", f"{section}.{error}", PHASE) from error
     return {name: found[name] for name in chosen(options, tuple(found))}
 
 
@@ -201,7 +204,9 @@ def merge(module: nn.Module, update: Update) -> None:
     """Make an update part of a weight, in float32, and round once."""
     weight: Any = module.weight
     sum_ = weight.float().addmm_(update.b.float(), update.a.float(), alpha=update.scale)
-    weight.copy_(sum_ if update.gain is None else sum_.mul_(update.gain.float()[:, None]))
+    if update.gain is not None:
+        sum_.mul_(update.gain.float()[:, None])
+    weight.copy_(sum_ if update.gate is None else sum_.mul_(update.gate.float()))
 
 
 def tune(

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from adasearch.documents import Count, NonNegative, Positive, Share, value
 from adasearch.pruning.structure import ModelStructure
 from adasearch.registry import RECOVERY
+from adasearch.sections import TextOptions
 from adasearch.tuning.loop import train
 from adasearch.tuning.masters import Masters
-from adasearch.tuning.recovery import RecoveryContext, RecoveryReport, SequenceLength, TextOptions
+from adasearch.tuning.recovery import RecoveryContext, RecoveryReport, SequenceLength
 from adasearch.tuning.training import TrainingConfig, seeded
 
 

@@ -1,0 +1,117 @@
+"""What the sections of a trial that train are given: text, the dense model as a teacher, seed and progress.
+
+A recovery trains the smaller model, a schedule the dense one to learn which units go, and a rule for hidden dimensions
+the dense one to learn which of these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+from adasearch import models
+from adasearch.errors import TrialError
+from adasearch.pruning.structure import WHOLE, Outline
+from adasearch.tuning import learning, sparsification
+from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+    from adasearch.config import Component, TrialConfig
+    from adasearch.pruning.learning import Learner
+    from adasearch.pruning.structure import ModelStructure
+    from adasearch.sections import ValidationConfig
+    from adasearch.streams import TrainingText
+    from adasearch.tuning.recovery import Progress
+    from adasearch.workbench import Workbench
+
+SECTIONS = {"recovery": ("recover", 0), "schedule": ("learn", 1_000_003), "hidden": ("learn", 2_000_003)}
+"""Phase by section that may train, and what is added to the seed of its text: each should see its own."""
+
+
+class Follower(Protocol):
+    """Is told what goes on."""
+
+    def enter(self, phase: str, progress: float | None = None, training: Progress | None = None) -> None:
+        """Note that `phase` goes on, and how much of it is done."""
+
+
+def given(
+    section: str,
+    config: TrialConfig,
+    bench: Workbench,
+    outline: Outline,
+    clock: Follower,
+    validation: ValidationConfig | None = None,
+) -> tuple[TrainingText, RecoveryContext]:
+    """Return the text, and what else is needed, for a component that trains, which is a `section` of the trial.
+
+    With `validation` some of the text is held out.
+
+    Raises:
+        TrialError: the text cannot be had, or it is to learn from the dense model, whose tokens are others (kind
+            ``config``).
+    """
+    phase, draw = SECTIONS[section]
+    part: Component = getattr(config, section)
+    clock.enter(phase)
+    taught = getattr(part.options, "distill", 0.0) > 0
+    if taught and outline.tokens is not None:
+        raise TrialError("config", f"{section}.distill must be 0 where tokens go: the teacher knows others", phase)
+    text = bench.recovery_text(part, config.calibration.corpus, config.seed + draw, outline, section, validation)
+    context = RecoveryContext(
+        seed=config.seed,
+        device=str(bench.device),
+        tell=lambda progress: clock.enter(phase, progress.step / progress.steps, progress),
+        teacher=bench.origin.dense() if taught else None,
+        marks=text.marks,
+    )
+    return text, context
+
+
+@contextlib.contextmanager
+def _phase(section: str) -> Iterator[None]:
+    """Make what fails inside fail in the phase of a section; the training loop knows of recoveries alone."""
+    try:
+        yield
+    except TrialError as error:
+        raise TrialError(error.kind, error.message, SECTIONS[section][0]) from error
+
+
+def of_schedule(
+    config: TrialConfig, bench: Workbench, structure: ModelStructure, clock: Follower
+) -> Callable[[nn.Module, Learner], RecoveryReport]:
+    """Return how a schedule trains a model with a learner's gates; `structure` is that of the model."""
+
+    def train(model: nn.Module, learner: Learner) -> RecoveryReport:
+        with _phase("schedule"):
+            text, context = given("schedule", config, bench, structure.outline, clock)
+            return learning.learn(model, structure, text.tokens, config.schedule.options, learner, context)
+
+    return train
+
+
+def of_hidden(
+    config: TrialConfig, bench: Workbench, clock: Follower, weights: dict[str, Tensor]
+) -> Callable[[Tensor, int, Any], Tensor]:
+    """Return how a rule for hidden dimensions trains the dense model; it puts the weights that came of it in `weights`.
+
+    See `hidden.HiddenContext.train` for what it takes and returns.
+    """
+
+    def train(start: Tensor, number: int, options: Any) -> Tensor:
+        with _phase("hidden"):
+            text, context = given("hidden", config, bench, WHOLE, clock)
+            base, structure = bench.base, bench.structure(config.units)
+            model = models.assemble(models.empty_model(base.config), base.weights).to(bench.device)
+            goal = sparsification.Goal(start, number, options)
+            found = sparsification.sparsify(model, structure, text.tokens, goal, context)
+            changed = dict(model.named_parameters())
+            weights.update({name: changed[name].detach().to(old.device) for name, old in base.weights.items()})
+            return found
+
+    return train
