@@ -46,7 +46,9 @@ def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
     tokens = study.fidelity.divergence
     again = f" (again after {study.fidelity.midway:.0%} of the recovery)" if 0 < study.fidelity.midway < 1 else ""
     compared = f"divergence from the dense model on {tokens:,} tokens{again}, " if tokens else ""
-    yield f"each trial: {compared}{train:,} tokens of {trial.recovery.type} recovery, {items} items"
+    learning = {part.type: getattr(part.options, "tokens", 0) for part in (trial.hidden, trial.schedule)}
+    learnt = "".join(f"{n:,} tokens from which {name} learns what goes, " for name, n in learning.items() if n)
+    yield f"each trial: {compared}{learnt}{train:,} tokens of {trial.recovery.type} recovery, {items} items"
     yield from _describe_placement(study, checked.shape)
     final = getattr(study.finalize.recovery.options, "tokens", 0)
     yield f"finalists: {study.finalize.top}, {final:,} tokens of {study.finalize.recovery.type} recovery each"

@@ -86,7 +86,7 @@ def test_hidden_dimensions_are_learnt_and_widths_pay_the_rest(bench):
 def test_the_teacher_is_the_dense_model_whatever_was_learnt(bench):
     weights = {name: torch.zeros_like(weight) for name, weight in bench.base.weights.items()}
     config = trial(schedule=GATES)
-    _, context = trainings.given("schedule", config.schedule, config, bench.rebased(weights), Outline(), Clock())
+    _, context = trainings.given("schedule", config, bench.rebased(weights), Outline(), Clock())
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(context.teacher(input_ids=ids).logits, bench.dense()(input_ids=ids).logits)
@@ -96,5 +96,5 @@ def test_the_teacher_is_the_dense_model_whatever_was_learnt(bench):
 def test_a_teacher_of_other_tokens_is_refused(bench):
     config = trial(schedule=GATES)
     with pytest.raises(TrialError, match=r"schedule\.distill must be 0 where tokens go") as caught:
-        trainings.given("schedule", config.schedule, config, bench, Outline(tokens=(0, 1)), Clock())
+        trainings.given("schedule", config, bench, Outline(tokens=(0, 1)), Clock())
     assert (caught.value.kind, caught.value.phase) == ("config", "learn")

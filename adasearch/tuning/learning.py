@@ -85,7 +85,8 @@ def fresh_updates(
     Raises:
         TrialError: the rank is above the smaller side of a projection (kind ``config``).
     """
-    modules = projections(model, structure, AdapterOptions(rank=options.rank, targets=targets), section).values()
+    asked = AdapterOptions(rank=options.rank, targets=targets)
+    modules = projections(model, structure, asked, section, dense=True).values()
     scale = options.alpha / options.rank
     return {module: Update(*factors(module, options.rank), scale, options.dropout) for module in modules}
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from adasearch import checks, models
 from adasearch.config import TrialConfig, component, study_from_dict
-from adasearch.errors import ConfigError, TrialError
+from adasearch.errors import ConfigError
 from adasearch.library import REPOSITORY
 from adasearch.registry import RECOVERY
 from adasearch.search.space import Space
@@ -528,10 +528,14 @@ def test_fields_of_others_and_values_out_of_range_are_refused(name, key, given):
 
 
 @pytest.mark.parametrize("name", ["lora", "adalora", "prunedlora", "prune_peft"])
-def test_a_rank_above_what_the_cut_left_fails_the_trial_before_it_trains(name):
+def test_an_update_is_of_full_rank_where_the_cut_left_less_than_the_rank(name):
     model, structure = cut_model()
-    with pytest.raises(TrialError, match=r"recovery\.rank: must be at most 8, .*layers\.1\.self_attn\.k_proj, given 9"):
-        recover(name, model, structure, rank=9)
+    kept = {}
+    narrow = dict(model.named_modules())["model.layers.1.self_attn.k_proj"]
+    assert min(narrow.weight.shape) == 8
+    recover(name, model, structure, rank=9, context=RecoveryContext(keep=kept.update))
+    assert kept
+    assert all(u.b.shape[1] <= min(m.weight.shape) for m, u in kept.items())
     assert not any(p.requires_grad for p in model.parameters())
 
 

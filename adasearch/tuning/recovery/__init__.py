@@ -18,7 +18,7 @@ parts of a batch, number format, optimizer, processes. So whatever an entry's `A
 is in their `state`, and while something is still to be taken away they are not `settled`.
 
 Fact `check`: what is wrong with the options for projections of given shapes, ``check(options, shapes)``; it raises a
-ConfigError that names the setting. It is asked with the dense model's shapes before any work, and again after the cut.
+ConfigError that names the setting. It is asked with the dense model's shapes before any work.
 
 Fact `adapters`: True where what is trained are low-rank updates, which `RecoveryContext.keep` gets before the merge.
 """

@@ -58,7 +58,8 @@ class AdapterOptions(TextOptions):
     """Settings of every recovery with low-rank updates.
 
     Args:
-        rank: of each update, at the end of the run, on average over those that are trained.
+        rank: of each update, at the end of the run, on average over those that are trained; at most the smaller side of
+            every projection of the dense model. Where the cut leaves less than that, the update has full rank.
         dropout: share of an adapter's inputs that is dropped while training.
         targets: which projections get an adapter.
         tokens: tokens to train on.
@@ -156,33 +157,55 @@ def check(options: AdapterOptions, shapes: Mapping[str, tuple[int, ...]]) -> Non
     Raises:
         ConfigError: names the setting.
     """
-    found = chosen(options, tuple(shapes))
-    if not found:
-        raise ConfigError("targets", f"must name a projection of the model, given {options.targets!r}")
-    least = min(found, key=lambda name: min(shapes[name]))
+    least = min(_some(options, tuple(shapes)), key=lambda name: min(shapes[name]))
     if options.rank > min(shapes[least]):
         problem = f"must be at most {min(shapes[least])}, the smaller side of {least}, given {options.rank}"
         raise ConfigError("rank", problem)
+
+
+def _some(options: AdapterOptions, names: tuple[str, ...]) -> list[str]:
+    """Return those of the projections `names` that get an adapter.
+
+    Raises:
+        ConfigError: there are none, or the options contradict each other.
+    """
     if isinstance(options, PacedOptions) and options.begin >= options.end:
         raise ConfigError("begin", f"must be below end, {options.end:g}, given {options.begin:g}")
+    found = chosen(options, names)
+    if not found:
+        raise ConfigError("targets", f"must name a projection of the model, given {options.targets!r}")
+    return found
 
 
 def projections(
-    model: nn.Module, structure: ModelStructure, options: AdapterOptions, section: str = "recovery"
+    model: nn.Module,
+    structure: ModelStructure,
+    options: AdapterOptions,
+    section: str = "recovery",
+    *,
+    dense: bool = False,
 ) -> dict[str, nn.Linear]:
-    """Return the modules that get an update by their path, and freeze the model; `section` is that of the options.
+    """Return the modules that get an update by their path, and freeze the model.
+
+    Args:
+        model: whole or cut.
+        structure: of the dense model.
+        options: say which.
+        section: of the trial, whose options they are.
+        dense: the model is, so that its projections must be as wide as the rank.
 
     Raises:
-        TrialError: the cut left a projection that is smaller than the rank, or none of those that are named.
+        TrialError: the model has none of those that are named, or the rank is too great (kind ``config``).
     """
     model.requires_grad_(False)  # noqa: FBT003
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     found = {name: module for name, module in linear.items() if name.rpartition(".")[2] in structure.lora_targets}
     try:
-        check(options, {name: tuple(module.weight.shape) for name, module in found.items()})
+        if dense:
+            check(options, {name: tuple(module.weight.shape) for name, module in found.items()})
+        return {name: found[name] for name in _some(options, tuple(found))}
     except ConfigError as error:
         raise TrialError("config", f"{section}.{error}", PHASE) from error
-    return {name: found[name] for name in chosen(options, tuple(found))}
 
 
 def widest(module: nn.Linear) -> int:
@@ -191,8 +214,11 @@ def widest(module: nn.Linear) -> int:
 
 
 def factors(module: nn.Linear, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return a (R × K), drawn as by Kaiming for a leaky ReLU of slope sqrt(5), and b (M × R), 0: nothing changes."""
-    weight = module.weight
+    """Return a (R × K), drawn as by Kaiming for a leaky ReLU of slope sqrt(5), and b (M × R), 0: nothing changes.
+
+    R is `rank`, or as much as `module` has room for.
+    """
+    weight, rank = module.weight, min(rank, widest(module))
     a = torch.empty(rank, module.in_features, device=weight.device)
     nn.init.kaiming_uniform_(a, a=math.sqrt(5))
     b = torch.zeros(module.out_features, rank, device=weight.device)

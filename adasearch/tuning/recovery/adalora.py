@@ -116,7 +116,8 @@ class Svd(Paced):
         self.triplets = {m: _triplets(m, min(math.ceil(options.start * options.rank), widest(m))) for m in modules}
         betas = (options.beta_importance, options.beta_uncertainty)
         self._sensitivities = {p: Sensitivity(p.detach().float(), betas) for p in self.parameters()}
-        self.totals = sum(len(t.values) for t in self.triplets.values()), options.rank * len(self.triplets)
+        start = sum(len(t.values) for t in self.triplets.values())
+        self.totals = start, min(start, options.rank * len(self.triplets))
         self.masks: list[Tensor] | None = None
 
     def parameters(self) -> list[nn.Parameter]:
@@ -191,7 +192,7 @@ def recover(
     """Train updates under a falling budget of ranks and merge them; the signature is that of the set.
 
     Raises:
-        TrialError: a loss that is not finite, a stream that is too short, or a rank above the width of a projection.
+        TrialError: a loss that is not finite, or a stream that is too short.
     """
     modules = projections(model, structure, options)
 

@@ -74,8 +74,8 @@ def ranks_by_cut(modules: Mapping[str, nn.Linear], cut: Mapping[str, float], ran
     """Return a rank for every module: half of all ranks evenly, half in proportion to what was cut of the sublayer.
 
     With c the fraction that was removed of a module's sublayer and c' its mean over the modules, the rank is
-    ``rank (1 + c / c') / 2``, made whole by `apportioned`, with the sum ``rank * len(modules)``: from half of `rank`
-    where nothing went. Where nothing went anywhere all have `rank`. The rule is ours.
+    ``rank (1 + c / c') / 2``, made whole by `apportioned`, with the sum ``rank * len(modules)`` where there is
+    room for it: from half of `rank` where nothing went. Where nothing went anywhere all have `rank`. The rule is ours.
 
     Args:
         modules: by path.
@@ -85,7 +85,8 @@ def ranks_by_cut(modules: Mapping[str, nn.Linear], cut: Mapping[str, float], ran
     lost = [cut.get(name.rpartition(".")[0], 0.0) for name in modules]
     mean = sum(lost) / len(lost)
     weights = [1.0 + share / mean if mean > 0 else 1.0 for share in lost]
-    return apportioned(weights, rank * len(modules), [widest(m) for m in modules.values()])
+    most = [widest(m) for m in modules.values()]
+    return apportioned(weights, min(rank * len(modules), sum(most)), most)
 
 
 class Dora(Adapters):
@@ -149,10 +150,10 @@ def recover(
     """Train updates on the stream and merge them; the signature is that of the set, the run that of `tune`.
 
     Raises:
-        TrialError: a loss that is not finite, a stream that is too short, or a rank above the width of a projection.
+        TrialError: a loss that is not finite, or a stream that is too short.
     """
     modules = projections(model, structure, options)
-    ranks = [options.rank] * len(modules)
+    ranks = [min(options.rank, widest(m)) for m in modules.values()]
     if options.ranks == "by_cut":
         ranks = ranks_by_cut(modules, cut_shares(model, structure), options.rank)
 

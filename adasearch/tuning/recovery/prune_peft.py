@@ -195,7 +195,7 @@ def recover(
     The paper trains what stays once more from the start; here it goes on, within the same tokens.
 
     Raises:
-        TrialError: a loss that is not finite, a stream that is too short, or a rank above the width of a projection.
+        TrialError: a loss that is not finite, or a stream that is too short.
     """
     modules = projections(model, structure, options)
 

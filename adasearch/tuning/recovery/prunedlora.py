@@ -164,7 +164,7 @@ def recover(
     """Train wide updates, take ranks away on the way, merge what stays; the signature is that of the set.
 
     Raises:
-        TrialError: a loss that is not finite, a stream that is too short, or a rank above the width of a projection.
+        TrialError: a loss that is not finite, or a stream that is too short.
     """
     modules = projections(model, structure, options)
 
