@@ -44,6 +44,7 @@ from adasearch.trial import Clock, Pruned, prune, recover, score_blocks, silent,
 from adasearch.tuning import alignment, evaluation
 from adasearch.tuning.export import Goods, ModelCard, wants_adapters
 from adasearch.tuning.recovery import RecoveryReport
+from adasearch.verdicts import pronounce
 from adasearch.winner import ACCURACY, SELECT, merits
 
 if TYPE_CHECKING:
@@ -377,6 +378,7 @@ def finalize(study: StudyConfig, run: Path, executor: Executor, display: Display
     failures = finish(tasks, run, executor, display, seconds=seconds)
     judge(run, known)
     ranked = place_exports(run, study.objective.metric)
+    pronounce(study, run, ranked)
     if study.finalize.measure:  # now that no worker computes
         ranked = measure_exports(study, run, ranked, display.note)
     if not ranked:

@@ -22,6 +22,7 @@ from adasearch.records import (
     read_records,
     write_atomically,
 )
+from adasearch.report_parts import points, signed_points
 from adasearch.search.outcomes import ending
 from adasearch.sections import ObjectiveConfig
 from adasearch.tradeoff import tradeoff
@@ -52,6 +53,19 @@ class Difference:
     def shown(self) -> bool:
         """Return whether the interval leaves out 0."""
         return self.low > 0 or self.high < 0
+
+    @property
+    def outcome(self) -> str:
+        """Return what can be said: better or worse by so many percentage points, or that no difference is shown."""
+        if not self.shown:
+            return "no difference shown"
+        return f"{'better' if self.mean > 0 else 'worse'} by {points(abs(self.mean))} points"
+
+    @property
+    def span(self) -> str:
+        """Return the mean and its interval in percentage points."""
+        ends = f"{signed_points(self.low)} to {signed_points(self.high)}"
+        return f"{signed_points(self.mean)} points, 95 % interval {ends}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,6 @@ from adasearch.report_parts import (
     points,
     section,
     short_count,
-    signed_points,
 )
 from adasearch.report_rungs import FEW_TRIALS, control_group, rung_rows
 from adasearch.report_speed import speed_section
@@ -41,12 +40,8 @@ def verdict(difference: Difference | None, other: str) -> str:
     """Return a sentence on a paired difference; without a difference that is shown it claims none."""
     if difference is None:
         return ""
-    span = f"95 % interval {signed_points(difference.low)} to {signed_points(difference.high)}"
-    mean = signed_points(difference.mean)
-    if not difference.shown:
-        return f"<p>Against {other}: <b>no difference shown</b> ({mean} points, {span}).</p>"
-    word, css = ("better", "good") if difference.mean > 0 else ("worse", "bad")
-    return f'<p>Against {other}: <b class="{css}">{word} by {points(abs(difference.mean))} points</b> ({span}).</p>'
+    css = "" if not difference.shown else ' class="good"' if difference.mean > 0 else ' class="bad"'
+    return f"<p>Against {other}: <b{css}>{difference.outcome}</b> ({difference.span}).</p>"
 
 
 def _headline(f: Findings) -> str:

@@ -54,6 +54,7 @@ FLOORS = [
         "pictures",
         "checks",
         "describe",
+        "verdicts",
         "display",
         "teams",
     ],

@@ -187,6 +187,7 @@ def test_the_winner_loads_and_generates(finished):
     cached = model.generate(ids, max_new_tokens=4, do_sample=False)
     assert torch.equal(cached, model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False))
     assert main(["verify", str(best)]) == 0
+    assert "- Against the dense model: **" in (best / "README.md").read_text()
 
 
 def test_the_same_command_again_repeats_nothing(finished):

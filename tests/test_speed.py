@@ -4,13 +4,14 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from adasearch import costs, loading, records, report, speed
+from adasearch import costs, loading, records, report, speed, verdicts
 from adasearch.cli import main
 from adasearch.documents import plain
 from adasearch.errors import ModelError
@@ -145,6 +146,22 @@ def test_exports_are_measured_once_and_their_cards_and_records_say_so(run, monke
     assert _card.SPEED not in (run / "export" / "2-trial33" / "README.md").read_text()
     monkeypatch.setattr(speed, "Scale", None)
     assert speed.measure_exports(None, run, found, said.append) == found, "a run that goes on measures no more"
+
+
+def test_cards_say_how_models_do_beside_others_and_claim_no_more(run, monkeypatch):
+    gaps = {"dense": report.Difference(mean=-0.02, low=-0.03, high=-0.01), "recipe0": None,
+            "recipe1": report.Difference(mean=0.01, low=-0.01, high=0.03)}  # fmt: skip
+    monkeypatch.setattr(report, "difference", lambda _run, _own, other, _seed: gaps[other.name])
+    for recipe in ("recipe0", "recipe1"):  # the first is the model itself
+        found = SimpleNamespace(dense=final_of("dense"), recipe=final_of(recipe, recipe="flap"))
+        monkeypatch.setattr(report, "gather", lambda *_, found=found: found)
+        verdicts.pronounce(SimpleNamespace(seed=0), run, [final_of()])
+        text = (run / "export" / "trial3" / "README.md").read_text()
+        assert "Against the dense model: **worse by 2.0 points** (−2.0 points, 95 % interval −3.0 to −1.0)." in text
+        assert ("the best published recipe, flap" in text) == (recipe == "recipe1")
+    assert "**no difference shown** (+1.0 points, 95 % interval −1.0 to +3.0)" in text
+    assert text.count(_card.VERDICT) == 1
+    assert loading.verify(run / "export" / "trial3", fresh=False).sound
 
 
 def test_a_card_that_was_amended_leaves_the_export_sound(run):

@@ -129,7 +129,14 @@ def _front_matter(card: ModelCard) -> list[str]:
     return ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", ""]
 
 
+VERDICT = "## Verdict"
 SPEED = "## Speed and memory"
+
+
+def verdict_lines(verdicts: Sequence[str]) -> list[str]:
+    """Return the section of the card on how the model does beside others."""
+    note = "Report items of all tasks, paired item by item; bootstrap over items within each task."
+    return [VERDICT, "", *(f"- {_cell(line)}" for line in verdicts), "", note, ""]
 
 
 def speed_lines(speed: Speed) -> list[str]:
