@@ -204,6 +204,7 @@ def run_final(task: FinalTask, bench: Workbench) -> FinalRecord | None:
         search=task.search,
         validation=tuned.validation,
         ended=tuned.ended,
+        dropped=tuned.dropped,
     )
     if pruned is not None and task.formats:
         clock.enter("export")

@@ -16,7 +16,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -126,6 +126,12 @@ class Speed:
     written: int = 0
 
 
+def last_quarter(losses: Sequence[float]) -> float:
+    """Return the mean over the last quarter of the steps of a loss curve, of which there is one at least."""
+    tail = losses[-max(1, len(losses) // 4) :]
+    return sum(tail) / len(tail)
+
+
 @value
 class FinalRecord:
     """What became of one model at the end of a run: a finalist, the dense model, a recipe, or one pruned alone.
@@ -147,6 +153,7 @@ class FinalRecord:
         speeds: what its exports take, empty before that is measured.
         validation: loss on text held out from its recovery by steps done, where that was asked for.
         ended: why its recovery ended before all of its tokens were seen, empty where it did not.
+        dropped: documents left out of what it was tuned on because a report item stands in them.
     """
 
     name: str
@@ -168,6 +175,20 @@ class FinalRecord:
     speeds: tuple[Speed, ...] = ()
     validation: tuple[tuple[int, float], ...] = ()
     ended: str = ""
+    dropped: int = 0
+
+    @property
+    def training(self) -> tuple[str, ...]:
+        """Return what a reader should know of its recovery, in sentences; none for a model that was not tuned."""
+        said = []
+        if self.losses:
+            said.append(f"loss {self.losses[0]:.3f} at first, {last_quarter(self.losses):.3f} over the last quarter")
+        if self.validation:
+            step, best = min(self.validation, key=lambda point: point[1])
+            said.append(f"on text held out {best:.3f} at best, after {step} of {len(self.losses)} steps")
+        said += [f"ended early: {self.ended}"] if self.ended else []
+        said += [f"{self.dropped} documents with report items in them were left out"] if self.dropped else []
+        return tuple(said)
 
 
 @contextlib.contextmanager

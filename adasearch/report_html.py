@@ -160,7 +160,9 @@ def _finalists(f: Findings) -> str:
         note += (
             "<p>They are of different size, spread along <a href='#front'>the front</a>: the first is no winner.</p>"
         )
-    return section("finalists", "Finalists", note, _curse(f), html_table(head, rows))
+    said = (f"<li>{_name(x)}: {escape('; '.join(x.training))}</li>" for x in (*f.finals, *extra) if x.training)
+    trained = f"<p>Their training, losses in nats per token:</p><ul>{''.join(said)}</ul>"
+    return section("finalists", "Finalists", note, _curse(f), html_table(head, rows), trained)
 
 
 def _three(number: float | None) -> str:

@@ -25,6 +25,7 @@ from adasearch.pruning.plan import PruningPlan
 from adasearch.pruning.schedule import ScheduleContext
 from adasearch.pruning.structure import WHOLE, Outline
 from adasearch.racing import Early, Race, Rung, TaskValues
+from adasearch.records import last_quarter
 from adasearch.tuning import divergence, evaluation, scoring
 from adasearch.tuning.adapter_files import Kept
 from adasearch.tuning.recovery import Progress, RecoveryReport
@@ -423,11 +424,10 @@ def _loss_notes(report: RecoveryReport) -> dict[str, float | str]:
     """
     if not report.losses:
         return {}
-    tail = report.losses[-max(1, len(report.losses) // 4) :]
     dropped = {"recovery_dropped": float(report.dropped)} if report.dropped else {}
     return {
         "loss_first": report.losses[0],
-        "loss_last": sum(tail) / len(tail),
+        "loss_last": last_quarter(report.losses),
         "recovery_tokens": float(report.tokens),
         **dropped,
     }

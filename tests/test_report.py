@@ -324,6 +324,10 @@ class TestPage:
         assert "<script" not in source
         assert "<script>alert" in text
 
+    def test_how_finalists_were_trained_is_told(self, run: Path) -> None:
+        _, text = read(report.write(run, study()))
+        assert "loss 3.000 at first, 2.000 over the last quarter" in text
+
     def test_no_claim_without_a_difference(self, run: Path) -> None:
         final(run, "trial1", 1, "recipe", skill=0.7, recipe="flap")
         _, text = read(report.write(run, study()))

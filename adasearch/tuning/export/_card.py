@@ -112,6 +112,8 @@ def _origin(card: ModelCard) -> list[str]:
     lines += _block("Budget:", card.budget)
     lines += _block("Configuration:", card.config)
     lines += _block("Fine-tuned after the cut with:", card.recovery)
+    if card.record is not None and card.record.training:
+        lines += [f"Its training: {_cell('; '.join(card.record.training))}.", ""]
     lines += [f"Seed {card.seed}. `plan.json` holds the kept units of every group.", ""]
     if card.versions:
         versions = ", ".join(f"{_cell(name)} {_cell(version)}" for name, version in sorted(card.versions.items()))
