@@ -30,7 +30,7 @@ def corpora_of(study: StudyConfig) -> dict[str, str]:
     key = "space.calibration.corpus" if searched else "trial.calibration.corpus"
     named = [(corpus, key) for corpus in study.calibration_corpora]
     named += _named_by(trial, "trial")
-    named += _settings_of(study.finalize.recovery, "finalize.recovery")
+    named += named_in(study.finalize.recovery, "finalize.recovery")
     for name, recipe in study.recipes.items():
         config = TrialConfig.from_dict(merged(study.trial, recipe), name)
         if "calibration" in recipe:
@@ -45,16 +45,16 @@ def corpora_of(study: StudyConfig) -> dict[str, str]:
 
 def _named_by(trial: TrialConfig, where: str) -> list[tuple[str, str]]:
     """Return the corpora that the components of a trial name, and their keys."""
-    return [found for name in COMPONENTS for found in _settings_of(getattr(trial, name), join(where, name))]
+    return [found for name in COMPONENTS for found in named_in(getattr(trial, name), join(where, name))]
 
 
-def _settings_of(part: Component, where: str) -> list[tuple[str, str]]:
+def named_in(part: Component, where: str) -> list[tuple[str, str]]:
     """Return the corpora that a component names, or those that it is built from."""
     found: list[tuple[str, str]] = []
     for field in dataclasses.fields(part.options):
         item, key = getattr(part.options, field.name), join(where, field.name)
         if isinstance(item, Component):
-            found += _settings_of(item, key)
+            found += named_in(item, key)
         elif isinstance(item, Mix):
             found += [(each.corpus, join(key, "mix", index, "corpus")) for index, each in enumerate(item.mix)]
         elif field.name == "corpus" and item:
@@ -122,7 +122,7 @@ def check_amounts(study: StudyConfig) -> None:
     for part, where in _training(study):
         options: Any = part.options
         needed = min(getattr(options, "length", 0), getattr(options, "tokens", 0))
-        for corpus, key in _settings_of(part, where) if needed else ():
+        for corpus, key in named_in(part, where) if needed else ():
             if corpora.parse_corpus(corpus, study.data_root).kind != "file":
                 continue
             try:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from adasearch import checks
+from adasearch import text_checks
 from adasearch.config import Component
 from adasearch.pruning import importance, products
 from adasearch.pruning.statistics import FAMILIES, Statistics, by_corpus
@@ -74,7 +74,7 @@ class TestImportanceContract:
 
     def test_a_setting_named_corpus_says_which_others_it_looks_at(self, name):
         component = self._component(name)
-        named = {corpus for corpus, _ in checks._settings_of(component, "")}
+        named = {corpus for corpus, _ in text_checks.named_in(component, "")}
         assert set(by_corpus(importance.needs(component))) == {"", *named}
 
     @pytest.mark.parametrize("unit", ["kv_group", "head"])
