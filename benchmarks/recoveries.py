@@ -33,7 +33,8 @@ from adasearch.run import load_run
 
 STRATEGIES = Path(__file__).with_suffix(".yaml")
 STEPS = 6
-"""Of a run that is timed: the first is not counted."""
+"""Of a run that is timed."""
+TRAINED = ("schedule", "recovery")
 Overlay = dict[str, Any]
 Laid = Callable[[int | None], Overlay]
 """A strategy: the sections of its trial, given the tokens."""
@@ -61,16 +62,41 @@ def study_of(args: argparse.Namespace) -> tuple[StudyConfig, Overlay]:
 
 
 def laid(recipe: Overlay, text: Overlay, strategy: Overlay, tokens: int | None) -> Overlay:
-    """Return the sections of one strategy: the recipe of the cut, the strategy over it, the text where it trains."""
-    made = merged(recipe, {key: item for key, item in strategy.items() if key != "recovery"})
-    recovery = dict(strategy["recovery"])
-    if recovery["type"] != "none":
-        recovery = {**text, **recovery, **({} if tokens is None else {"tokens": tokens})}
-    return {**made, "recovery": recovery}
+    """Return the sections of one strategy: the recipe of the cut, the strategy over it, the text where it trains.
+
+    One that learns what goes has a `schedule` of its own, which trains on as many tokens as the recovery.
+    """
+    given = {**text, **({} if tokens is None else {"tokens": tokens})}
+    own = {key: {**given, **strategy[key]} for key in TRAINED if strategy.get(key, {}).get("type", "none") != "none"}
+    return {**merged(recipe, {**strategy, **own}), "recovery": own.get("recovery", strategy["recovery"])}
 
 
-def seconds_per_token(config: TrialConfig, bench: Any) -> float:
-    """Return the processor seconds that a strategy takes for each token, from the second of `STEPS` steps on."""
+def seconds_per_token(make: Callable[[int], TrialConfig], size: int, bench: Any) -> float:
+    """Return the processor seconds that a strategy takes for each token of its trainings.
+
+    Args:
+        make: gives its trial for a number of tokens.
+        size: tokens of a step.
+        bench: that runs it; statistics that it keeps are no part of the cost.
+    """
+    few = make(STEPS * size)
+    prune_seconds(few, bench)
+    learning = prune_seconds(make(2 * STEPS * size), bench) - prune_seconds(few, bench)
+    learnt = learning / (STEPS * size) if hasattr(few.schedule.options, "tokens") else 0.0
+    return learnt + recover_seconds(few, bench)
+
+
+def prune_seconds(config: TrialConfig, bench: Any) -> float:
+    """Return the processor seconds until a trial is cut."""
+    from adasearch.trial import Clock, prune
+
+    begun = time.process_time()
+    prune(config, bench, Clock(lambda *_: None))
+    return time.process_time() - begun
+
+
+def recover_seconds(config: TrialConfig, bench: Any) -> float:
+    """Return the processor seconds of a trial's recovery for each token, from the second step on."""
     from adasearch.conduct import Conduct
     from adasearch.trial import Clock, prune, recover
 
@@ -112,9 +138,13 @@ def measured(args: argparse.Namespace, study: StudyConfig, strategies: Mapping[s
             if strategy(1)["recovery"]["type"] == "none":
                 tokens[name] = None
                 continue
-            few = merged(study.trial, strategy(STEPS * args.batch * args.length))
-            cost = seconds_per_token(TrialConfig.from_dict({**few, "seed": study.seed}, name), bench)
-            tokens[name] = max(args.batch * args.length, round(args.seconds / cost))
+
+            def make(tokens: int, name: str = name, strategy: Laid = strategy) -> TrialConfig:
+                return TrialConfig.from_dict({**merged(study.trial, strategy(tokens)), "seed": study.seed}, name)
+
+            size = args.batch * args.length
+            cost = seconds_per_token(make, size, bench)
+            tokens[name] = max(size, round(args.seconds / cost))
             print(f"{name}: {1 / cost:.0f} tokens per processor second, {tokens[name]} tokens", flush=True)
     return Amounts(tokens=tokens, chance=float(np.mean(guesses)))
 
