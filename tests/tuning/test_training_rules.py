@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import io
 import os
 import signal
@@ -19,7 +20,7 @@ from adasearch.streams import TrainingText
 from adasearch.tuning import snapshots
 from adasearch.tuning.recovery import RecoveryContext
 from adasearch.tuning.snapshots import Snapshots
-from tests.tuning.test_recovery import LENGTH, TRAINING, cut_model, options, stream
+from tests.tuning.test_recovery import LENGTH, TRAINING, cut_model, options, stream, taught
 
 PARTS = {"plan": "p", "recovery": "r", "text": "t"}
 USUAL = TrainingRules()
@@ -36,9 +37,17 @@ def train(name, model, structure, rules=USUAL, text=None, **kinds):
     given = {key: kinds.pop(key) for key in list(kinds) if key in known}
     if "rank" in RECOVERY.get(name).options.__dataclass_fields__:
         kinds = {"rank": 4, **kinds}
+    chosen = options(name, **kinds)
+    if getattr(chosen, "distill", 0.0) > 0:
+        given.setdefault("teacher", _teacher())
     context = RecoveryContext(**{"seed": 3, "rules": rules, **given})
     text = stream() if text is None else text
-    return RECOVERY.get(name).function(model, structure, text, options(name, **kinds), context)
+    return RECOVERY.get(name).function(model, structure, text, chosen, context)
+
+
+@functools.cache
+def _teacher():
+    return taught(cut_model()[0])
 
 
 def same(model, other):
