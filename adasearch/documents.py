@@ -160,7 +160,8 @@ def parse(cls: type[T], data: Any, where: str) -> T:
             ) from None
         if first["type"] == "missing_keyword_only_argument" or first["type"] == "missing":
             raise ConfigError(join(where, *path), "must be given") from None
-        problem = first["msg"][0].lower() + first["msg"][1:]
+        problem = first["msg"].removeprefix("Value error, ")  # of our own validators, whose words are enough
+        problem = problem[0].lower() + problem[1:]
         raise ConfigError(join(where, *path), f"{problem}, given {first['input']!r}") from None
 
 

@@ -59,7 +59,7 @@ def test_a_missing_file_is_named(tmp_path):
         (BudgetConfig, {"remove": 1.5}, "s.yaml: budget.remove: .*less than 1, given 1.5"),
         (BudgetConfig, {"remove": float("nan")}, "s.yaml: budget.remove: .*finite"),
         (BudgetConfig, {"remov": 0.2}, "s.yaml: budget.remov: unknown key 'remov'; did you mean 'remove'"),
-        (BudgetConfig, {}, "s.yaml: budget.remove: must be given"),
+        (BudgetConfig, {}, "s.yaml: budget: must hold one of remove, latency and memory, holds none, given {}"),
         (BudgetConfig, {"remove": "much"}, "budget.remove: .*valid number.*given 'much'"),
         (CalibrationConfig, {"corpus": "pydoc", "length": 3}, "length: .*greater than or equal to 8, given 3"),
         (RacingConfig, {"rungs": [0.1, 2]}, "budget.rungs.1: .*less than 1"),
