@@ -228,7 +228,9 @@ def measure_exports(
             speeds = []
             for label, folder in exports.items():
                 try:
-                    scale = scale or Scale(study, run)
+                    if scale is None:
+                        say("measuring speed and memory of the exports beside the dense model")
+                        scale = Scale(study, run)
                     speeds.append(scale.speed(folder, label))
                     amend_card(folder, speed_lines(speeds[-1]))
                 except ModelError as error:

@@ -137,7 +137,10 @@ def test_exports_are_measured_once_and_their_cards_and_records_say_so(run, monke
     found = speed.measure_exports(None, run, finals, said.append)
     assert [speed_.format for speed_ in found[0].speeds] == ["hf", "hf_uniform"]
     assert found[1:] == finals[1:]
-    assert said == ["1-trial3.broken: speed and memory are not known: it does not open"]
+    assert said == [
+        "measuring speed and memory of the exports beside the dense model",
+        "1-trial3.broken: speed and memory are not known: it does not open",
+    ]
     assert read_finals(run) == [found[0]]
     for name in ("trial3", "1-trial3.hf_uniform"):
         text = (run / "export" / name / "README.md").read_text()
