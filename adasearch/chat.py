@@ -52,6 +52,11 @@ def _turns(messages: Sequence[Any], role: str, content: str, name: str) -> Conve
         if not isinstance(who, str) or not isinstance(what, str):
             raise DataError(f"corpus {name!r}: each message must have the texts {role} and {content}, not {message}")
         turns.append(Turn(_ROLES.get(who, who), what))
+    return _talk(turns)
+
+
+def _talk(turns: Sequence[Turn]) -> Conversation:
+    """Return turns as a conversation whose plain text names who speaks."""
     return Conversation(turns=tuple(turns), text=_titled([(turn.role.capitalize(), turn.text) for turn in turns]))
 
 
@@ -78,8 +83,7 @@ def conversation(row: Mapping[str, Any], name: str) -> Conversation | None:
     if isinstance(row.get("conversations"), list):
         return _turns(row["conversations"], "from", "value", name)
     if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
-        turns = (Turn("user", row["prompt"]), Turn(ANSWERER, row["completion"]))
-        return Conversation(turns=turns, text=_titled([(turn.role.capitalize(), turn.text) for turn in turns]))
+        return _talk((Turn("user", row["prompt"]), Turn(ANSWERER, row["completion"])))
     return None
 
 

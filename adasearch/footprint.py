@@ -85,7 +85,7 @@ def footprint(shape: ModelShape, weight_bytes: int, training: Training) -> Footp
     """
     rules = training.rules
     size = _BYTES.get(rules.precision, weight_bytes)
-    parameters = sum(math.prod(sizes) for sizes in shape.shapes.values())
+    parameters = parameters_of(shape)
     trained = parameters if training.rank == 0 else adapter_parameters(shape, training.rank)
     eight = rules.optimizer == "adamw8bit"
     largest = max(math.prod(sizes) for sizes in shape.shapes.values()) if training.rank == 0 else 0
@@ -101,6 +101,16 @@ def footprint(shape: ModelShape, weight_bytes: int, training: Training) -> Footp
         work=_work(shape, training.tokens, size, head=head) + (4 * _UPDATE_COPIES * largest if eight else 0),
         teacher=parameters * weight_bytes if training.taught else 0,
     )
+
+
+def parameters_of(shape: ModelShape) -> int:
+    """Return the elements of all parameters."""
+    return sum(math.prod(sizes) for sizes in shape.shapes.values())
+
+
+def logit_bytes(shape: ModelShape, tokens: int) -> int:
+    """Return what the logits of `tokens` take while some lines of them exist at a time."""
+    return _LOGIT_BYTES * min(tokens, _LOGIT_LINES) * shape.vocabulary
 
 
 def adapter_parameters(shape: ModelShape, rank: int) -> int:
@@ -133,5 +143,4 @@ def _activations(shape: ModelShape, training: Training, size: int) -> int:
 def _work(shape: ModelShape, tokens: int, size: int, *, head: bool) -> int:
     """Return what exists for a moment: gradients inside a layer, lines of logits, the head's float32 gradient."""
     inside = tokens * size * (4 * shape.intermediate + 4 * shape.hidden)
-    logits = _LOGIT_BYTES * min(tokens, _LOGIT_LINES) * shape.vocabulary
-    return inside + logits + (4 * shape.vocabulary * shape.hidden if head else 0)
+    return inside + logit_bytes(shape, tokens) + (4 * shape.vocabulary * shape.hidden if head else 0)

@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING
 
 from adasearch.documents import Count, Index, NonNegative, Positive, value
-from adasearch.footprint import Training, footprint
+from adasearch.footprint import Training, footprint, logit_bytes, parameters_of
 from adasearch.sections import ClusterConfig
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ _HEAP, _CUDA_HEAP, _CUDA_CONTEXT = 450 * 2**20, 3 * GIB, 700 * 2**20
 # Elements of a training step's activations for each token and layer, in hidden and intermediate sizes; the logits are
 # made 256 lines at a time, in the number format and in float32 with their gradient.
 _HIDDEN_COPIES, _INTERMEDIATE_COPIES = 16, 8
-_LOGIT_LINES, _LOGIT_BYTES = 256, 10
 # Covariances are float32 and written to the cache as a copy.
 _COVARIANCE_BYTES = 4 * 2
 
@@ -143,7 +142,7 @@ def trial_need(shape: ModelShape, weight_bytes: int, step_tokens: int, *, gpu: b
         step_tokens: tokens of a training step, 0 for no training.
         gpu: trials run on a GPU.
     """
-    weights = _parameters(shape) * weight_bytes
+    weights = parameters_of(shape) * weight_bytes
     attention = shape.heads * shape.head_dim
     covariances = _COVARIANCE_BYTES * shape.layers * (shape.intermediate**2 + attention**2)
     work = max(covariances, _step_bytes(shape, weight_bytes, step_tokens))
@@ -161,16 +160,11 @@ def final_need(shape: ModelShape, weight_bytes: int, training: Training, *, gpu:
     return dataclasses.replace(trial, memory=max(trial.memory, _HEAP + whole))
 
 
-def _parameters(shape: ModelShape) -> int:
-    return sum(math.prod(sizes) for sizes in shape.shapes.values())
-
-
 def _step_bytes(shape: ModelShape, weight_bytes: int, tokens: int) -> int:
     if not tokens:
         return 0
     elements = _HIDDEN_COPIES * shape.hidden + _INTERMEDIATE_COPIES * shape.intermediate
-    logits = _LOGIT_BYTES * min(tokens, _LOGIT_LINES) * shape.vocabulary
-    return weight_bytes * tokens * shape.layers * elements + logits
+    return weight_bytes * tokens * shape.layers * elements + logit_bytes(shape, tokens)
 
 
 def most_workers(trials: int) -> int:

@@ -82,6 +82,33 @@ class TextOptions:
                                          "from their questions")  # fmt: skip
 
 
+SequenceLength = Annotated[int, pydantic.Field(ge=8, le=8192)]
+Dropout = Annotated[float, pydantic.Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+@value
+class TuningOptions(TextOptions):
+    """How much is trained on and how, beside the text: settings that all components have which train.
+
+    Args:
+        tokens: tokens to train on.
+        length: tokens of a sequence.
+        batch: sequences of a step.
+        lr: greatest learning rate.
+        warmup: share of the steps with a rising rate.
+        grad_clip: greatest gradient norm.
+        distill: weight of KL(dense || trained) beside the next-token loss; costs one dense forward per step.
+    """
+
+    tokens: Count = 16384
+    length: SequenceLength = 128
+    batch: Count = 4
+    lr: Positive = 1e-3
+    warmup: Share = 0.1
+    grad_clip: Positive = 1.0
+    distill: NonNegative = 0.0
+
+
 @value
 class Sampling:
     """Text that the dense model makes itself: the settings of the corpus ``self``.
@@ -321,7 +348,7 @@ class CalibrationConfig:
 
     corpus: str
     samples: Count = 32
-    length: Annotated[int, pydantic.Field(ge=8, le=8192)] = 128
+    length: SequenceLength = 128
     draw: Index = 0
 
 

@@ -365,10 +365,10 @@ class Workbench:
             reading = streams.Reading(
                 text=Mix(mix=tuple(dataclasses.replace(each, corpus=self.corpus(each.corpus)) for each in mixed)),
                 tokens=amount,
-                length=getattr(options, "length", amount),
+                length=options.length,
                 seed=seed,
-                packing=getattr(options, "packing", "stream"),
-                loss=getattr(options, "loss", "all"),
+                packing=options.packing,
+                loss=options.loss,
             )
             tokenizer = self.outlined(outline).tokenizer
             share = None if validation is None else validation.share

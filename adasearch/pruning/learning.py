@@ -11,38 +11,24 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from typing import Annotated, Protocol
+from typing import Protocol
 
-import pydantic
 from torch import Tensor, nn
 
 from adasearch.documents import Count, NonNegative, Positive, Share, value
-from adasearch.sections import TextOptions
+from adasearch.sections import Dropout, TuningOptions
 
 
 @value
-class LearningOptions(TextOptions):
-    """Settings of every schedule that learns, beside those of the text.
+class LearningOptions(TuningOptions):
+    """Settings of every schedule that learns, beside those of all that train.
 
     Args:
-        tokens: tokens to train on.
-        length: tokens of a sequence.
-        batch: sequences of a step.
-        lr: greatest learning rate.
-        warmup: share of the steps with a rising rate.
-        grad_clip: greatest gradient norm.
-        distill: weight of KL(dense || gated) beside the next-token loss; costs one dense forward per step.
         prior: how much the criterion's scores count at the start; 0 begins without any, and equal scores are then told
             apart by the order of the units.
     """
 
     tokens: Count = 32768
-    length: Annotated[int, pydantic.Field(ge=8, le=8192)] = 128
-    batch: Count = 4
-    lr: Positive = 1e-3
-    warmup: Share = 0.1
-    grad_clip: Positive = 1.0
-    distill: NonNegative = 0.0
     prior: NonNegative = 0.5
 
 
@@ -62,11 +48,11 @@ class RampOptions(LearningOptions):
     end: Share = 0.9
     every: Count = 4
     alpha: Positive = 16.0
-    dropout: Annotated[float, pydantic.Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
+    dropout: Dropout = 0.0
 
     def __post_init__(self) -> None:
         """Refuse a ramp without a length."""
-        TextOptions.__post_init__(self)
+        TuningOptions.__post_init__(self)
         if self.begin >= self.end:
             raise ValueError(f"begin must be below end, {self.end:g}")
 

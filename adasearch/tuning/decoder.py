@@ -65,6 +65,11 @@ def _projection(module: Any, updates: Updates) -> Projection:
     return Projection(module.weight, module.bias, a, b, found.scale, found.dropout, found.gain)
 
 
+def without_dropout(updates: Updates) -> Updates:
+    """Return updates as they count when nothing is trained."""
+    return {module: update._replace(dropout=0.0) for module, update in updates.items()}
+
+
 def unchanged(module: nn.Linear | nn.Embedding) -> Update:
     """Return an update of rank 0, which changes nothing."""
     rows, columns = module.weight.shape

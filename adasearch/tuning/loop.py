@@ -166,13 +166,11 @@ class _Course:
             whole = max(step, min(steps, step + round(left * pace)))
             context.tell(Progress(step=step, steps=whole, loss=loss, tokens_per_second=tokens, seconds_left=left,
                                   warning=self._warning))  # fmt: skip
-        if context.report is not None:
-            context.report(step, steps, loss)
 
     def _look(self) -> None:
         if self._context.look is not None and self._step < self._config.steps:
             with torch.no_grad():
-                self._context.look(self._step, self._config.steps, _whole(self._riding))
+                self._context.look(self._step, self._config.steps, decoder.without_dropout(self._riding.updates()))
 
     def _measure(self) -> None:
         """Measure the loss on the text held out where that is due, keep the best weights, and end without progress."""
@@ -286,7 +284,7 @@ class _Watch:
         marks = None if self._held.marks is None else self._held.marks.lines(config.length)
         every = Batch(lines, marks)
         with torch.no_grad():
-            updates = _whole(riding)
+            updates = decoder.without_dropout(riding.updates())
             for start in range(0, len(lines), size):
                 part = every.part(slice(start, start + size))
                 if part.predicted:
@@ -334,11 +332,6 @@ def _loss(
     )
     penalty = riding.penalty()
     return (total if penalty is None else total + penalty), nll
-
-
-def _whole(riding: Adapters) -> decoder.Updates:
-    """Return the updates without dropout."""
-    return {module: update._replace(dropout=0.0) for module, update in riding.updates().items()}
 
 
 def _random_state(device: str) -> dict[str, Tensor]:

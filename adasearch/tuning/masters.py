@@ -45,6 +45,11 @@ class Masters:
         """Return the float32 copy of a parameter."""
         return self._copy_of[parameter]
 
+    def gradient(self, parameter: Tensor) -> Tensor:
+        """Return the gradient of a parameter's copy, 0 where it has none."""
+        copy = self._copy_of[parameter]
+        return torch.zeros_like(copy) if copy.grad is None else copy.grad
+
     @property
     def optimizer(self) -> torch.optim.AdamW | AdamW8bit:
         """Return the optimizer, made when it is first needed. Only matrices decay."""

@@ -108,7 +108,3 @@ class Snapshots:
             reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else str(error)
             return f"{self.path}: {reason}; the former one stays"
         return None
-
-    def clear(self) -> None:
-        """Delete the file, if there is one."""
-        self.path.unlink(missing_ok=True)

@@ -61,7 +61,7 @@ def work(rank, folder):
             found[case] = (report.losses, report.validation, weights)
         kept = Snapshots(path=folder / "checkpoint.pt", parts=PARTS)
         with contextlib.suppress(BrokenError):
-            run("full", group, saves=True, snapshots=kept, report=breaking_at(6))
+            run("full", group, saves=True, snapshots=kept, tell=breaking_at(6))
         group.sum(torch.zeros(1))
         report, weights = run("full", group, saves=True, snapshots=kept)
         found["resumed"] = (report.losses, report.validation, weights)

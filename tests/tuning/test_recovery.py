@@ -156,13 +156,13 @@ def test_an_error_in_the_middle_leaves_no_adapter(name):
     model, structure = cut_model()
     names = list(model.state_dict())
 
-    def stop(step, total, loss):
-        assert (total, math.isfinite(loss)) == (8, True)
-        if step == 3:
+    def stop(progress):
+        assert (progress.steps, math.isfinite(progress.loss)) == (8, True)
+        if progress.step == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        recover(name, model, structure, context=RecoveryContext(report=stop, teacher=cut_model()[0]))
+        recover(name, model, structure, context=RecoveryContext(tell=stop, teacher=cut_model()[0]))
     assert list(model.state_dict()) == names
     assert not hasattr(model, "peft_config")
     assert not any(p.requires_grad for p in model.parameters())

@@ -134,7 +134,7 @@ def test_the_model_that_is_left_is_the_one_that_was_trained(family, dtype, tied,
         fold(model, updates)
 
     monkeypatch.setattr(sparsification, "fold", spy)
-    context = RecoveryContext(report=lambda _step, _steps, loss: losses.append(loss))
+    context = RecoveryContext(tell=lambda progress: losses.append(progress.loss))
     scores = sparsify(model, case.structure, stream(), goal(lr=5e-3, distill=0.0), context)
     assert not any(p.requires_grad for p in model.parameters())
     small = smaller(case, model, highest(scores, KEPT))

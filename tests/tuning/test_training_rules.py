@@ -59,11 +59,11 @@ class BrokenError(Exception):
 
 
 def breaking_at(step):
-    def report(done, _total, _loss):
-        if done == step:
+    def tell(progress):
+        if progress.step == step:
             raise BrokenError
 
-    return report
+    return tell
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -79,7 +79,7 @@ class TestEveryRecoveryResumes:
             model, structure = cut_model()
             with pytest.raises(BrokenError):
                 train(name, model, structure, rules, held=held(), lr=1e-2, snapshots=kept,
-                      report=breaking_at(step), **kinds)  # fmt: skip
+                      tell=breaking_at(step), **kinds)  # fmt: skip
         model, structure = cut_model()
         found = train(name, model, structure, rules, held=held(), lr=1e-2, snapshots=kept, **kinds)
         assert found.losses == expected.losses
@@ -96,7 +96,7 @@ class TestEveryRecoveryResumes:
         kept = Snapshots(path=tmp_path / "checkpoint.pt", parts=PARTS)
         model, structure = cut_model(dtype=torch.bfloat16)
         with pytest.raises(BrokenError):
-            train(name, model, structure, rules, snapshots=kept, report=breaking_at(5))
+            train(name, model, structure, rules, snapshots=kept, tell=breaking_at(5))
         model, structure = cut_model(dtype=torch.bfloat16)
         assert train(name, model, structure, rules, snapshots=kept).losses == expected.losses
         assert same(model, whole)
@@ -112,14 +112,14 @@ from adasearch.tuning.snapshots import Snapshots
 from tests.tuning.test_recovery import cut_model
 from tests.tuning.test_training_rules import PARTS, train
 
-def slowly(step, total, loss):
-    print(step, flush=True)
-    if step == 6:
+def slowly(progress):
+    print(progress.step, flush=True)
+    if progress.step == 6:
         time.sleep(60)
 
 model, structure = cut_model()
 kept = Snapshots(path=Path(sys.argv[1]), parts=PARTS)
-train("full", model, structure, TrainingRules(save_seconds=1e-9), snapshots=kept, report=slowly)
+train("full", model, structure, TrainingRules(save_seconds=1e-9), snapshots=kept, tell=slowly)
 """
 
 
@@ -143,7 +143,7 @@ class TestCheckpoint:
         model, structure = cut_model()
         steps = []
         found = train("full", model, structure, snapshots=Snapshots(path=path, parts=PARTS),
-                      report=lambda step, *_: steps.append(step))  # fmt: skip
+                      tell=lambda progress: steps.append(progress.step))  # fmt: skip
         assert steps == [6, 7, 8]
         assert found.losses == expected.losses
         assert same(model, whole)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import pydantic
 from torch import Tensor
 
 from adasearch.documents import Count, Fraction, Positive, Share, value
@@ -13,6 +10,7 @@ from adasearch.pruning.hidden.magnitude import magnitudes
 from adasearch.pruning.learning import LearningOptions
 from adasearch.pruning.reduction import normalised
 from adasearch.registry import HIDDEN
+from adasearch.sections import Dropout
 
 
 @value
@@ -34,7 +32,7 @@ class PatOptions(LearningOptions):
     inner: Count = 16
     rank: Count = 8
     alpha: Positive = 16.0
-    dropout: Annotated[float, pydantic.Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
+    dropout: Dropout = 0.0
     mask_lr: Positive = 0.02
     frozen: Fraction = 0.8
 

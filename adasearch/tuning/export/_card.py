@@ -167,17 +167,17 @@ def _bytes_row(name: str, own: int, dense: int) -> str:
 
 
 def with_section(text: str, section: Sequence[str]) -> str:
-    """Return a card with a section (its lines, the heading first) before the one on how the model was made.
+    """Return a card with a section (its lines, the heading first) in the place of an older one under the same heading.
 
-    An older one under the same heading goes.
+    Where there is none it comes before the one on how the model was made.
     """
     lines = text.splitlines()
     if section[0] in lines:
         begin = lines.index(section[0])
         end = next(i for i, line in enumerate(lines) if i > begin and line.startswith("## "))
-        del lines[begin:end]
-    place = lines.index(MADE)
-    return "\n".join([*lines[:place], *section, *lines[place:], ""])
+    else:
+        begin = end = lines.index(MADE)
+    return "\n".join([*lines[:begin], *section, *lines[end:], ""])
 
 
 def model_card(card: ModelCard, *, title: str, layout: str, plan: PruningPlan, notes: tuple[str, ...] = ()) -> str:

@@ -179,17 +179,21 @@ def _linked(source: str, target: str) -> str:
 def amend_card(folder: Path, section: Sequence[str]) -> None:
     """Put a section into the card of an export that stands already, see `_card.with_section`.
 
-    A folder of the same files, but for the card and its checksum, takes its place in one step.
+    A folder of the same files, but for the card and its checksum, takes its place in one step; none does where the card
+    says so already.
 
     Raises:
         StorageError: the disk is full or the folder is not writable.
     """
+    old = (folder / CARD).read_text(encoding="utf-8")
+    text = with_section(old, section)
+    if text == old:
+        return
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with _disk(folder):
             shutil.copytree(folder, draft, copy_function=_linked)
             card, sums = draft / CARD, (draft / SUMS).read_text(encoding="utf-8")
-            text = with_section(card.read_text(encoding="utf-8"), section)
             before = f"{sha256(card)}  {CARD}\n"
             write_atomically(card, text.encode())
             write_atomically(draft / SUMS, sums.replace(before, f"{sha256(card)}  {CARD}\n").encode())

@@ -8,8 +8,7 @@ Signature of an entry::
 `tokens` is a 1-D stream; where `RecoveryContext.marks` is given, it says which of them belong together and which
 count, and `loop.train` heeds it. The model is changed in place and is left in eval mode, of the dtype and shapes it
 had, with adapters merged and nothing that requires a gradient, also where an error is raised. Loss that is not finite
-raises ``TrialError("nan", ..., "recover")``. Entries that train have the options of
-`sections.TextOptions` and `tokens`, read by
+raises ``TrialError("nan", ..., "recover")``. Entries that train have the options of `sections.TuningOptions`, read by
 the trial, which fetches the stream: `corpus` None means the corpus of the calibration. An option `distill` above 0 asks
 for the dense model in the context.
 
@@ -26,9 +25,7 @@ Fact `adapters`: True where what is trained are low-rank updates, which `Recover
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated
-
-import pydantic
+from typing import TYPE_CHECKING
 
 from adasearch.documents import join, value
 from adasearch.errors import ConfigError
@@ -44,8 +41,6 @@ if TYPE_CHECKING:
     from adasearch.tuning.decoder import Updates
     from adasearch.tuning.parallel import Group
     from adasearch.tuning.snapshots import Snapshots
-
-SequenceLength = Annotated[int, pydantic.Field(ge=8, le=8192)]
 
 
 def check(component: Component, structure: ModelStructure, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -99,7 +94,6 @@ class RecoveryContext:
     Args:
         seed: decides initial adapters and dropout.
         device: where the model lies.
-        report: called after each step with (steps done, steps, loss); it may raise to stop the training.
         teacher: the dense model, needed only where the option `distill` is above 0.
         marks: of `tokens`, for documents that are packed, or counted in part; None is a plain stream.
         look: called after each step but the last with (steps done, steps, low-rank updates that are not merged yet); it
@@ -109,12 +103,11 @@ class RecoveryContext:
         held: what it is measured on where `rules.validation` asks for it; none of it is in what it trains on.
         snapshots: where checkpoints go, None for nowhere.
         group: the processes that train together, None for this one alone.
-        tell: called after each step with where the training stands.
+        tell: called after each step with where the training stands; it may raise to stop it.
     """
 
     seed: int = 0
     device: str = "cpu"
-    report: Callable[[int, int, float], None] | None = None
     teacher: nn.Module | None = None
     marks: Marks | None = None
     look: Callable[[int, int, Updates], None] | None = None

@@ -13,15 +13,15 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from adasearch.documents import Count, NonNegative, Positive, Share, value
+from adasearch.documents import Count, Positive, Share, value
 from adasearch.errors import ConfigError, TrialError
 from adasearch.pruning.structure import ModelStructure
 from adasearch.registry import nearest
-from adasearch.sections import TextOptions
+from adasearch.sections import Dropout, TuningOptions
 from adasearch.tuning.decoder import Update, Updates
 from adasearch.tuning.loop import train
 from adasearch.tuning.masters import Masters
-from adasearch.tuning.recovery import RecoveryContext, RecoveryReport, SequenceLength
+from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
 from adasearch.tuning.training import PHASE, Adapters, TrainingConfig, seeded
 
 _SETS = {
@@ -54,7 +54,7 @@ Targets = Annotated[str | tuple[str, ...], pydantic.PlainValidator(_checked)]
 
 
 @value
-class AdapterOptions(TextOptions):
+class AdapterOptions(TuningOptions):
     """Settings of every recovery with low-rank updates.
 
     Args:
@@ -62,25 +62,13 @@ class AdapterOptions(TextOptions):
             every projection of the dense model. Where the cut leaves less than that, the update has full rank.
         dropout: share of an adapter's inputs that is dropped while training.
         targets: which projections get an adapter.
-        tokens: tokens to train on.
-        length: tokens of a sequence.
-        batch: sequences of a step.
         lr: greatest learning rate; short runs want a far greater one than the 1e-4 of runs over millions of tokens.
-        warmup: share of the steps with a rising rate.
-        grad_clip: greatest gradient norm.
-        distill: weight of KL(dense || smaller) beside the next-token loss; costs one dense forward per step.
     """
 
     rank: Count = 8
-    dropout: Annotated[float, pydantic.Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
+    dropout: Dropout = 0.0
     targets: Targets = "all"
-    tokens: Count = 16384
-    length: SequenceLength = 128
-    batch: Count = 4
     lr: Positive = 1e-3
-    warmup: Share = 0.1
-    grad_clip: Positive = 1.0
-    distill: NonNegative = 0.0
 
 
 @value

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from adasearch.documents import Count, NonNegative, Positive, Share, value
+from adasearch.documents import Count, NonNegative, Positive, value
 from adasearch.pruning.structure import ModelStructure
 from adasearch.registry import RECOVERY
-from adasearch.sections import TextOptions
+from adasearch.sections import SequenceLength, TuningOptions
 from adasearch.tuning.loop import train
 from adasearch.tuning.masters import Masters
-from adasearch.tuning.recovery import RecoveryContext, RecoveryReport, SequenceLength
+from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
 from adasearch.tuning.training import TrainingConfig, seeded
 
 
 @value
-class FullOptions(TextOptions):
-    """Settings of full fine-tuning.
+class FullOptions(TuningOptions):
+    """Settings of full fine-tuning, beside those of all that train.
 
     Args:
-        tokens: tokens to train on.
-        length: tokens of a sequence.
-        batch: sequences of a step.
-        lr: greatest learning rate.
         weight_decay: AdamW's, on matrices only.
-        warmup: share of the steps with a rising rate.
-        grad_clip: greatest gradient norm.
-        distill: weight of KL(dense || smaller) beside the next-token loss; costs one dense forward per step.
     """
 
     tokens: Count = 131072
@@ -34,9 +27,6 @@ class FullOptions(TextOptions):
     batch: Count = 8
     lr: Positive = 5e-5
     weight_decay: NonNegative = 0.0
-    warmup: Share = 0.1
-    grad_clip: Positive = 1.0
-    distill: NonNegative = 0.0
 
 
 @RECOVERY.register(options=FullOptions)

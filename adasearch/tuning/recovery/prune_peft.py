@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adasearch.documents import Count, Fraction, Positive, value
 from adasearch.pruning.structure import ModelStructure
 from adasearch.registry import RECOVERY
-from adasearch.tuning.decoder import Update, Updates
+from adasearch.tuning.decoder import Update, Updates, without_dropout
 from adasearch.tuning.masters import Masters
 from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
 from adasearch.tuning.recovery._adapters import Paced, PacedOptions, check, factors, projections, tune
@@ -148,8 +148,8 @@ class Thinning(Paced):
         self._updates = {module: update for module, update in self._updates.items() if module in set(staying)}
 
     def _pair(self, module: nn.Module, masters: Masters) -> list[Factor]:
-        copies = [masters.copy(factor) for factor in (self._updates[module].a, self._updates[module].b)]
-        return [(copy, torch.zeros_like(copy) if copy.grad is None else copy.grad) for copy in copies]
+        update = self._updates[module]
+        return [(masters.copy(factor), masters.gradient(factor)) for factor in (update.a, update.b)]
 
     def _scores(self, masters: Masters) -> dict[nn.Module, float]:
         """Return the importance of every adapter that is left."""
@@ -164,7 +164,7 @@ class Thinning(Paced):
 
     @torch.no_grad()
     def _vote(self, ids: Tensor, masters: Masters) -> None:
-        whole = {module: update._replace(dropout=0.0) for module, update in self._updates.items()}
+        whole = without_dropout(self._updates)
         for block, votes in zip(self._blocks, self.votes, strict=True):
             pairs = {module: self._pair(module, masters) for module in block}
             named = {name: min(pairs, key=_by(metric, pairs)) for name, metric in METRICS.items()}

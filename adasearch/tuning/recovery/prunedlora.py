@@ -133,7 +133,7 @@ class Shrinking(Paced):
             left = self._options.left(step, self._steps, (len(alive), self._options.rank), power=1)
             turned = masters.copy(update.b), masters.copy(update.a).T
             if left is not None and left < int(alive.sum()):
-                self._cut(turned, _grads(update, masters), alive, left)
+                self._cut(turned, (masters.gradient(update.b), masters.gradient(update.a).T), alive, left)
             for factor in turned:
                 factor[:, ~alive] = 0.0
 
@@ -146,15 +146,6 @@ class Shrinking(Paced):
         for factor, surgeon in zip(turned, surgeons, strict=True):
             factor[:, at] = surgeon.without(gone)
         alive[at[gone]] = False
-
-
-def _grads(update: Update, masters: Masters) -> tuple[Tensor, ...]:
-    """Return the gradients of b and of a^T, 0 where there is none."""
-    found = []
-    for parameter in (update.b, update.a):
-        copy = masters.copy(parameter)
-        found.append(torch.zeros_like(copy) if copy.grad is None else copy.grad)
-    return found[0], found[1].T
 
 
 @RECOVERY.register(options=PrunedloraOptions, check=check, adapters=True)
