@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_args
@@ -131,6 +133,10 @@ def _resolve(cls: type, name: str) -> Any:
     return typing.get_type_hints(cls).get(name)
 
 
+_reader: Callable[[type], pydantic.TypeAdapter[Any]] = functools.cache(pydantic.TypeAdapter)
+"""Returns what reads values of a type. To make one takes milliseconds, and a search reads thousands of values."""
+
+
 def parse(cls: type[T], data: Any, where: str) -> T:
     """Return the value of type `cls` that `data` (plain mappings, lists, scalars) describes.
 
@@ -145,7 +151,7 @@ def parse(cls: type[T], data: Any, where: str) -> T:
     if not isinstance(data, dict):
         raise ConfigError(where.rstrip(":"), f"must be a mapping, given {data!r}")
     try:
-        return pydantic.TypeAdapter(cls).validate_python(data)
+        result: T = _reader(cls).validate_python(data)
     except ConfigError as error:  # of a field that is read by a function of its own, which names the key below here
         raise ConfigError(join(where, error.where), error.problem) from None
     except pydantic.ValidationError as error:
@@ -163,6 +169,7 @@ def parse(cls: type[T], data: Any, where: str) -> T:
         problem = first["msg"].removeprefix("Value error, ")  # of our own validators, whose words are enough
         problem = problem[0].lower() + problem[1:]
         raise ConfigError(join(where, *path), f"{problem}, given {first['input']!r}") from None
+    return result
 
 
 def plain(data: Any) -> Any:

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import ctypes
 import fcntl
+import functools
 import gc
 import hashlib
 import os
@@ -80,6 +81,17 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         library.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+
+
+@functools.cache
+def set_libraries_aside() -> None:
+    """Let the garbage collector of this process pass over all that lives now, most of it code of libraries, for good.
+
+    A look at the half a million objects of PyTorch, transformers and Optuna takes 0.4 s, and there is one after each
+    trial.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def limit_gpu_memory(share: float) -> None:

@@ -50,24 +50,22 @@ def given(
 ) -> tuple[TrainingText, RecoveryContext]:
     """Return the text, and what else is needed, for a component that trains, which is a `section` of the trial.
 
-    With `validation` some of the text is held out.
+    With `validation` some of the text is held out. What learns from the dense model learns its predictions among the
+    tokens that stay, of text in these tokens.
 
     Raises:
-        TrialError: the text cannot be had, or it is to learn from the dense model, whose tokens are others (kind
-            ``config``).
+        TrialError: the text cannot be had (kind ``config``).
     """
     phase, draw = SECTIONS[section]
     part: Component = getattr(config, section)
     clock.enter(phase)
     taught = getattr(part.options, "distill", 0.0) > 0
-    if taught and outline.tokens is not None:
-        raise TrialError("config", f"{section}.distill must be 0 where tokens go: the teacher knows others", phase)
     text = bench.recovery_text(part, config.calibration.corpus, config.seed + draw, outline, section, validation)
     context = RecoveryContext(
         seed=config.seed,
         device=str(bench.device),
         tell=lambda progress: clock.enter(phase, progress.step / progress.steps, progress),
-        teacher=bench.origin.dense() if taught else None,
+        teacher=bench.origin.dense(Outline(tokens=outline.tokens)) if taught else None,
         marks=text.marks,
     )
     return text, context

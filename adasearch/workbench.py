@@ -111,6 +111,7 @@ class Workbench:
         dtype = models.pick_dtype(study.model.dtype, self.device)
         folder = models.fetch_weights(models.resolve(study.model), self.cache / "models", dtype)
         self.base = models.open_base(folder, dtype)
+        models.set_libraries_aside()
         self._checksum = models.checksum(self.base)
         self.origin = self
         self._structures: dict[UnitsConfig, ModelStructure] = {}

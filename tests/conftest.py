@@ -4,14 +4,22 @@ import dataclasses
 import os
 import sys
 
+import pytest
+from hypothesis import HealthCheck, settings
+
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import pytest
-from hypothesis import HealthCheck, settings
+_cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+_worker, _workers = os.environ.get("PYTEST_XDIST_WORKER", ""), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _cores and _workers > 1:
+    # Each worker of the suite has cores of its own, its child processes too: threads of one that wait for a core that
+    # another computes on make both several times slower.
+    _own = int(_worker.removeprefix("gw"))
+    os.sched_setaffinity(0, _cores[_own::_workers] or {_cores[_own % len(_cores)]})
 
 settings.register_profile(
     "adasearch", deadline=None, max_examples=30, derandomize=True, suppress_health_check=[HealthCheck.too_slow]

@@ -20,7 +20,7 @@ FLOORS = [
     ["config"],
     ["records", "losses"],
     ["tradeoff"],
-    ["tuning.kernels", "tuning.head"],
+    ["tuning.kernels", "tuning.attention", "tuning.head"],
     ["tuning.decoder"],
     ["pruning", "search.dimensions", "search.space", "search.parameters", "tuning.items", "tuning.scoring"],
     ["checkpoints", "footprint", "placement"],

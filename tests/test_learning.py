@@ -5,7 +5,6 @@ import torch
 
 from adasearch import trainings
 from adasearch.config import TrialConfig, study_from_dict
-from adasearch.errors import TrialError
 from adasearch.pruning.projection import removal
 from adasearch.pruning.structure import Outline
 from adasearch.trial import Clock, prune, run_trial
@@ -91,10 +90,3 @@ def test_the_teacher_is_the_dense_model_whatever_was_learnt(bench):
     with torch.no_grad():
         assert torch.equal(context.teacher(input_ids=ids).logits, bench.dense()(input_ids=ids).logits)
     assert bench.rebased({}) is bench
-
-
-def test_a_teacher_of_other_tokens_is_refused(bench):
-    config = trial(schedule=GATES)
-    with pytest.raises(TrialError, match=r"schedule\.distill must be 0 where tokens go") as caught:
-        trainings.given("schedule", config, bench, Outline(tokens=(0, 1)), Clock())
-    assert (caught.value.kind, caught.value.phase) == ("config", "learn")

@@ -11,9 +11,8 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from adasearch import data, loading, outlining
+from adasearch import data, loading, outlining, trainings
 from adasearch.config import TrialConfig, export_formats, study_from_dict
-from adasearch.errors import TrialError
 from adasearch.finalize import FinalTask, _perplexity, run_final
 from adasearch.pruning.structure import WHOLE, Outline, count_outlined
 from adasearch.trial import Clock, prune, run_trial
@@ -174,10 +173,21 @@ class TestTrial:
             assert torch.equal(a, b), key
 
 
-def test_a_teacher_of_other_tokens_is_refused(bench):
-    recovery = {"type": "lora", "tokens": 128, "length": 32, "batch": 2, "distill": 0.5}
-    with pytest.raises(TrialError, match="distill must be 0 where tokens go"):
-        run_trial(trial(vocabulary=VOCABULARY, recovery=recovery).to_dict(), bench)
+@pytest.mark.parametrize("recovery", [{"type": "lora", "distill": 0.5}, {"type": "distill", "hidden": 1.0}])
+def test_a_smaller_vocabulary_is_taught_by_the_dense_model(bench, recovery):
+    text = {"tokens": 128, "length": 32, "batch": 2}
+    result, _ = run_trial(trial(vocabulary=VOCABULARY, recovery={**recovery, **text}).to_dict(), bench)
+    assert result.notes["loss_last"] > 0
+
+
+def test_where_tokens_go_the_teacher_is_the_dense_model_of_those_that_stay(bench):
+    config = trial(recovery={"type": "distill", "tokens": 128, "length": 32, "batch": 2})
+    outline = Outline(gone=("model.layers.0.mlp",), tokens=tuple(range(ROWS)))
+    _, context = trainings.given("recovery", config, bench, outline, Clock())
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        whole = bench.dense()(input_ids=ids).logits
+        torch.testing.assert_close(context.teacher(input_ids=ids).logits, whole[..., :ROWS])
 
 
 def test_perplexity_of_a_smaller_vocabulary_is_per_token_of_the_dense_one(bench):

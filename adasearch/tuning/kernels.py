@@ -5,7 +5,7 @@ Weights that are frozen get no gradient; low-rank updates ride along without a n
 to the dtype of the weights where transformers rounds them, or later: norms and softmax compute in float32 inside.
 
 Shape letters: B sequences, T tokens of a sequence, N = B * T rows, D hidden size, K inputs and M outputs of a
-projection, R rank, H query heads, G query heads of a key-value head, E head size.
+projection, R rank, E head size.
 """
 
 from __future__ import annotations
@@ -352,76 +352,3 @@ def rotate(x: Tensor, rotation: Rotation, size: int) -> Tensor:
     """Return rows of heads of `size` (N × (heads E)), each head rotated (Su et al., 2021, equation 34)."""
     result: Tensor = _Rotate.apply(x, rotation.cos, rotation.sin, size)  # type: ignore[no-untyped-call]
     return result
-
-
-def _by_key_head(x: Tensor, batch: int, key_heads: int, size: int) -> Tensor:
-    """Return rows (N × (heads E)) as (B * key heads) × (G T) × E: queries that share keys lie together."""
-    length = x.shape[0] // batch
-    parts = x.view(batch, length, key_heads, -1, size).permute(0, 2, 3, 1, 4)
-    return parts.reshape(batch * key_heads, -1, size)
-
-
-def _as_rows(x: Tensor, batch: int, length: int) -> Tensor:
-    """Undo `_by_key_head`."""
-    size = x.shape[-1]
-    parts = x.view(batch, x.shape[0] // batch, -1, length, size).permute(0, 3, 1, 2, 4)
-    return parts.reshape(batch * length, -1)
-
-
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, layout: Any) -> Tensor:
-        batch, key_heads, size, scale = layout
-        q, k, v = (_by_key_head(x, batch, key_heads, size) for x in (q, k, v))
-        length, groups = k.shape[1], q.shape[1] // k.shape[1]
-        shift = mask.repeat(*(1,) * (mask.dim() - 2), groups, 1)
-        shift = shift[None] if mask.dim() == 2 else shift.repeat_interleave(key_heads, 0)
-        weights = torch.baddbmm(shift, q, k.transpose(1, 2), alpha=scale).softmax(-1)
-        out = torch.bmm(weights, v)
-        ctx.layout = (batch, length, scale)
-        ctx.save_for_backward(q, k, v, weights, out)
-        return _as_rows(out, batch, length)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        q, k, v, weights, out = ctx.saved_tensors
-        batch, length, scale = ctx.layout
-        grad = _by_key_head(grad, batch, len(k) // batch, k.shape[-1])
-        dv = torch.bmm(weights.transpose(1, 2), grad)
-        ds = torch.bmm(grad, v.transpose(1, 2)).sub_((grad * out).sum(-1, keepdim=True)).mul_(weights)
-        dq = torch.bmm(ds, k).mul_(scale)
-        dk = torch.bmm(ds.transpose(1, 2), q).mul_(scale)
-        return _as_rows(dq, batch, length), _as_rows(dk, batch, length), _as_rows(dv, batch, length), None, None
-
-
-class Layout(NamedTuple):
-    """How rows are heads: B sequences, key-value heads, head size E, and the factor of the attention scores."""
-
-    batch: int
-    key_heads: int
-    size: int
-    scale: float
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, layout: Layout) -> Tensor:
-    """Return what short sequences attend to, as rows (N × (H E)): plain products, softmax weights kept.
-
-    Args:
-        q: N × (H E).
-        k: N × (key heads E).
-        v: as k.
-        mask: added to the scores, T × T, or B × T × T where the sequences have their own.
-        layout: of the rows.
-    """
-    result: Tensor = _Attend.apply(q, k, v, mask, tuple(layout))  # type: ignore[no-untyped-call]
-    return result
-
-
-def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, layout: Layout) -> Tensor:
-    """Return the same by torch's fused attention, which holds no T × T weights; `mask` B × T × T, None is causal."""
-    q, k, v = (x.view(layout.batch, -1, x.shape[1] // layout.size, layout.size).transpose(1, 2) for x in (q, k, v))
-    mask = None if mask is None else mask[:, None]
-    out = functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=layout.scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return out.transpose(1, 2).reshape(-1, q.shape[1] * layout.size)

@@ -7,9 +7,10 @@ import torch
 from torch.autograd import gradcheck
 
 from adasearch.pruning import surgery
-from adasearch.tuning import decoder, kernels
+from adasearch.tuning import attention, decoder, kernels
+from adasearch.tuning.attention import Layout
 from adasearch.tuning.decoder import Update
-from adasearch.tuning.kernels import Layout, Projection, Rotation
+from adasearch.tuning.kernels import Projection, Rotation
 from tests import tiny
 
 
@@ -149,7 +150,28 @@ def test_gradients_of_norm_rotation_and_attention_are_the_differences_of_their_v
     assert gradcheck(lambda x, w: kernels.rms_norm(x, w, 1e-5), (made(6, 5), made(5)))
     assert gradcheck(lambda x: kernels.rotate(x, rotation.wide(3), 4), (made(6, 12),))
     heads = (made(6, 16), made(6, 8), made(6, 8, seed=1))
-    assert gradcheck(lambda q, k, v: kernels.attend(q, k, v, mask, layout), heads)
+    assert gradcheck(lambda q, k, v: attention.attend(q, k, v, mask, layout), heads)
+
+
+@pytest.mark.parametrize(("length", "block"), [(7, 3), (6, 3), (7, 1), (2, 3)])
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("apart", [False, True])
+def test_blocks_of_queries_attend_to_what_whole_sequences_do(monkeypatch, length, block, window, apart):
+    mask = decoder.causal_mask(length, window, torch.zeros((), dtype=torch.float64))
+    if apart:  # masks of the sequences' own: two documents in the second one
+        mask = mask.repeat(2, 1, 1)
+        mask[1, length // 2 :, : length // 2] = -torch.inf
+    layout = Layout(batch=2, key_heads=2, size=4, scale=0.3)
+    heads = (made(2 * length, 16), made(2 * length, 8), made(2 * length, 8, seed=1))
+    found = []
+    for size in (block, length):
+        monkeypatch.setattr(attention, "_BLOCK", size)
+        out = attention.attend(*heads, mask, layout)
+        found.append((out, *torch.autograd.grad(out.square().sum(), heads)))
+    for ours, whole in zip(*found, strict=True):
+        torch.testing.assert_close(ours, whole)
+    monkeypatch.setattr(attention, "_BLOCK", block)
+    assert gradcheck(lambda q, k, v: attention.attend(q, k, v, mask, layout), heads)
 
 
 def test_dropout_keeps_the_mean_and_only_touches_the_update():
