@@ -114,9 +114,10 @@ def finalists(
     """Return what is finished after a search: the dense model, the best trials, and the best recipe.
 
     The best ones are those of the highest posterior mean, or score where there is no posterior: the highest of many
-    noisy scores belongs to a lucky trial as often as to a good one. Trials with equal configurations count once; one
-    that was stopped early is never a finalist, though its score has its say in the posterior, nor is one that breaks a
-    hard limit of the objective. With several objectives the best are spread along the front, see `tradeoff`.
+    noisy scores belongs to a lucky trial as often as to a good one. Trials that differ in their recovery alone count
+    once, as the recipe if one of them is one: tuned alike at the end they are the same model. One that was stopped
+    early is never a finalist, though its score has its say in the posterior, nor is one that breaks a hard limit of the
+    objective. With several objectives the best are spread along the front, see `tradeoff`.
 
     Args:
         records: of the search.
@@ -138,10 +139,14 @@ def finalists(
     known = known or {}
     scores = {number: _believed(record, known.get(number)) for number, record in kept.items()}
     ranked = sorted(kept.values(), key=lambda r: (-scores[r.number], r.number))
-    distinct = {str(r.config): r for r in reversed(ranked)}.values()
-    best = finished_first(objective, [r for r in ranked if r in distinct], wanted.top)
+    cuts: dict[str, Record] = {}
+    for record in ranked:
+        cut = str({**(record.config or {}), "recovery": None})
+        if cut not in cuts or (record.recipe and not cuts[cut].recipe):
+            cuts[cut] = record
+    best = finished_first(objective, list(cuts.values()), wanted.top)
     chosen = {r.number: (r, "finalist") for r in best}
-    recipe = next((r for r in ranked if r.recipe), None)
+    recipe = next((r for r in cuts.values() if r.recipe), None)
     if recipe is not None:
         chosen.setdefault(recipe.number, (recipe, "recipe"))
     return [dense_task()] + [

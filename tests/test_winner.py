@@ -141,6 +141,12 @@ class TestFinalists:
         ]
         assert [t.trial for t in finalists(records[:2], WANTED)][1:] == [1, 0]
 
+    def test_trials_that_differ_in_their_recovery_alone_are_one_and_the_recipe_if_it_is_among_them(self):
+        ranks = {n: {"importance": "flap", "recovery": {"type": "lora", "rank": n}} for n in (4, 8)}
+        records = [trial(0, 0.7, config=ranks[4]), trial(1, 0.5, recipe="flap", config=ranks[8]), trial(2, 0.6)]
+        assert [(t.trial, t.recipe) for t in finalists(records, WANTED)][1:] == [(1, "flap"), (2, None)]
+        assert [t.trial for t in finalists([records[0], trial(3, 0.8, config=ranks[8])], WANTED)][1:] == [3]
+
     def test_none_in_full_is_an_error(self):
         with pytest.raises(NoTrialError, match="no trial was scored in full"):
             finalists([trial(DENSE, 0.5), trial(0, 0.5, stopped=True)], WANTED)
