@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adasearch import costs, goals, models, placement, text_checks
+from adasearch import costs, goals, models, placement, text_checks, trainings
 from adasearch.config import Component, StudyConfig, TrialConfig, component, merged
 from adasearch.documents import fingerprint, join, value
 from adasearch.environment import local_machine, machine, versions
@@ -28,7 +28,6 @@ from adasearch.search.space import Space
 from adasearch.sections import BudgetConfig, ClusterConfig, Cost, TrainingRules, UnitsConfig
 from adasearch.tuning import tasks
 from adasearch.tuning.export import check as check_export
-from adasearch.tuning.recovery import check as check_recovery
 from adasearch.workbench import cache_folder
 
 if TYPE_CHECKING:
@@ -184,12 +183,14 @@ def _check_layers(study: StudyConfig, space: Space, layers: int, where: str) -> 
         allocation.check(trial.allocation, layers, join(where, key))
 
 
-def _check_recovery(study: StudyConfig, space: Space, shape: ModelShape, where: str) -> None:
-    """Refuse recoveries that the model cannot have, such as adapters of a rank above the width of a projection."""
+def _check_trainings(study: StudyConfig, space: Space, shape: ModelShape, where: str) -> None:
+    """Refuse trainings that the model cannot have, such as adapters of a rank above the width of a projection."""
     structure = architectures.describe(shape, UnitsConfig())
-    found = [(key, trial.recovery) for key, trial in _trials(study, space, "recovery")]
-    for key, part in [*found, ("finalize.recovery", study.finalize.recovery)]:
-        check_recovery(part, structure, shape.shapes, join(where, key))
+    for section in trainings.SECTIONS:
+        for key, trial in _trials(study, space, section):
+            trainings.check(section, getattr(trial, section), structure, shape.shapes, join(where, key))
+    key = "finalize.recovery"
+    trainings.check("recovery", study.finalize.recovery, structure, shape.shapes, join(where, key))
     check_export(study.finalize.formats, study.finalize.recovery, join(where, "finalize.formats"))
     _check_processes(study, where)
 
@@ -280,7 +281,7 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
     low, high = study.removes or (study.budget.fraction, study.budget.fraction)
     targets = [structure.parameters - removal(structure, study.budget.removing(remove)) for remove in (low, high)]
     _check_layers(study, space, shape.layers, where)
-    _check_recovery(study, space, shape, where)
+    _check_trainings(study, space, shape, where)
     if out is not None:
         _check_disk(out, structure.parameters, study.finalize.top + 1)
     items = {role: _items(study, role, where) for role in ("search", "select", "report")}

@@ -39,7 +39,7 @@ from adasearch.records import (
 from adasearch.sections import Metric, ObjectiveConfig, TrainingRules
 from adasearch.speed import exports_of, measure_exports
 from adasearch.teams import Teams, followed
-from adasearch.tradeoff import finished_first
+from adasearch.tradeoff import distinct_cuts, finished_first
 from adasearch.trial import Clock, Pruned, prune, recover, score_blocks, silent, task_scores
 from adasearch.tuning import alignment, evaluation
 from adasearch.tuning.export import Goods, ModelCard, wants_adapters
@@ -139,14 +139,9 @@ def finalists(
     known = known or {}
     scores = {number: _believed(record, known.get(number)) for number, record in kept.items()}
     ranked = sorted(kept.values(), key=lambda r: (-scores[r.number], r.number))
-    cuts: dict[str, Record] = {}
-    for record in ranked:
-        cut = str({**(record.config or {}), "recovery": None})
-        if cut not in cuts or (record.recipe and not cuts[cut].recipe):
-            cuts[cut] = record
-    best = finished_first(objective, list(cuts.values()), wanted.top)
-    chosen = {r.number: (r, "finalist") for r in best}
-    recipe = next((r for r in cuts.values() if r.recipe), None)
+    cuts = distinct_cuts(ranked)
+    chosen = {r.number: (r, "finalist") for r in finished_first(objective, cuts, wanted.top)}
+    recipe = next((r for r in cuts if r.recipe), None)
     if recipe is not None:
         chosen.setdefault(recipe.number, (recipe, "recipe"))
     return [dense_task()] + [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -119,6 +119,16 @@ def _reference(kept: Sequence[Record], dense: TrialResult | None) -> tuple[tuple
         return (dense.score, dense.stderr), "dense"
     best = max(map(result_of, kept), key=lambda result: result.score)
     return (best.score, best.stderr), "best"
+
+
+def distinct_cuts(records: Iterable[Record]) -> list[Record]:
+    """Return one of each trials that differ in their recovery alone: the recipe among them, or the first one."""
+    cuts: dict[str, Record] = {}
+    for record in records:
+        cut = str({**(record.config or {}), "recovery": None})
+        if cut not in cuts or (record.recipe and not cuts[cut].recipe):
+            cuts[cut] = record
+    return list(cuts.values())
 
 
 def finished_first(objective: ObjectiveConfig, records: Sequence[Record], top: int) -> list[Record]:

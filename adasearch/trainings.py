@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from adasearch import models
-from adasearch.errors import TrialError
+from adasearch.config import COMPONENTS
+from adasearch.documents import join
+from adasearch.errors import ConfigError, TrialError
 from adasearch.pruning.structure import WHOLE, Outline
 from adasearch.tuning import learning, sparsification
 from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor, nn
 
@@ -31,6 +33,32 @@ if TYPE_CHECKING:
 
 SECTIONS = {"recovery": ("recover", 0), "schedule": ("learn", 1_000_003), "hidden": ("learn", 2_000_003)}
 """Phase by section that may train, and what is added to the seed of its text: each should see its own."""
+
+
+def check(
+    section: str, part: Component, structure: ModelStructure, shapes: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """Make sure that a model can be trained as a section of a trial says, as far as that shows before the cut.
+
+    Args:
+        section: of `SECTIONS`.
+        part: what the trial has there; the fact `check` of its entry is asked, if there is one.
+        structure: of the dense model.
+        shapes: of its parameters by full name.
+        where: key of the section, or of the setting that made it so.
+
+    Raises:
+        ConfigError: names the key below `where`, and what must hold.
+    """
+    facts = COMPONENTS[section].get(part.type).facts
+    names = {name: name.removesuffix(".weight") for name in shapes}
+    linear = {n: shapes[key] for key, n in names.items() if n.rpartition(".")[2] in structure.lora_targets}
+    try:
+        if "check" in facts:
+            facts["check"](part.options, linear)
+    except ConfigError as error:
+        key = where if where.endswith(f".{error.where}") else join(where, error.where)
+        raise ConfigError(key, error.problem) from None
 
 
 class Follower(Protocol):

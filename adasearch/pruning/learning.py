@@ -16,6 +16,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from adasearch.documents import Count, NonNegative, Positive, Share, value
+from adasearch.errors import ConfigError
 from adasearch.sections import Dropout, TuningOptions
 
 
@@ -63,6 +64,30 @@ class RampOptions(LearningOptions):
         LoRAPrune (arXiv 2305.18403) and movement pruning (arXiv 2005.07683) take it.
         """
         return 1.0 - (1.0 - min(1.0, max(0.0, (done - self.begin) / (self.end - self.begin)))) ** 3
+
+
+class Ranked(Protocol):
+    """Options of what trains low-rank updates."""
+
+    @property
+    def rank(self) -> int:
+        """Return the rank of each update."""
+
+
+def check_rank(options: Ranked, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Make sure that projections can have updates of the rank that is asked for.
+
+    Args:
+        options: with a `rank`.
+        shapes: M × K of every projection that gets one, by module path.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    least = min(shapes, key=lambda name: min(shapes[name]))
+    if options.rank > min(shapes[least]):
+        problem = f"must be at most {min(shapes[least])}, the smaller side of {least}, given {options.rank}"
+        raise ConfigError("rank", problem)
 
 
 class LowRank(Protocol):

@@ -27,7 +27,8 @@ class TestScheduleContract:
         assert dataclasses.is_dataclass(entry.options())
         assert hash(entry.options()) == hash(entry.options())
         assert entry.function.__doc__
-        assert {"compensates", "selects", "sources", "learns"} == set(entry.facts)
+        ranked = {"check"} if getattr(entry.options(), "rank", 0) else set()
+        assert {"compensates", "selects", "sources", "learns"} | ranked == set(entry.facts)
 
     @pytest.mark.parametrize("remove", [0.05, 0.2, 0.35])
     @pytest.mark.parametrize("compensation", ["none", "bias", "least_squares", "affine_out"])

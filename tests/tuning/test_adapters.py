@@ -450,7 +450,7 @@ def checked(**changes):
     trial = {"calibration": {"corpus": "pydoc"}, **changes.pop("trial", {})}
     study = study_from_dict({**BASE, "trial": trial, **changes}, "study.yaml:", REPOSITORY / "studies" / "any.yaml")
     space = Space.from_config(study.space, study.trial, seed=study.seed)
-    checks._check_recovery(study, space, models.shape_of(tiny.tiny_config()), "study.yaml:")
+    checks._check_trainings(study, space, models.shape_of(tiny.tiny_config()), "study.yaml:")
 
 
 WIDE = r"must be at most 24, the smaller side of model.layers.0.self_attn.q_proj, given"
@@ -460,6 +460,17 @@ WIDE = r"must be at most 24, the smaller side of model.layers.0.self_attn.q_proj
     ("changes", "error"),
     [
         ({"trial": {"recovery": {"type": "lora", "rank": 25}}}, f"study.yaml: trial.recovery.rank: {WIDE} 25"),
+        ({"trial": {"schedule": {"type": "movement", "rank": 25}}}, f"study.yaml: trial.schedule.rank: {WIDE} 25"),
+        ({"trial": {"hidden": {"type": "pat", "rank": 25}}}, f"study.yaml: trial.hidden.rank: {WIDE} 25"),
+        (
+            {
+                "space": {
+                    "schedule": {"choice": ["one_shot", "lora_prune"]},
+                    "schedule.lora_prune.rank": {"int": [4, 64]},
+                }
+            },
+            f"study.yaml: space.schedule.lora_prune.rank: {WIDE} 64",
+        ),
         ({"trial": {"recovery": {"type": "adalora", "rank": 99}}}, f"study.yaml: trial.recovery.rank: {WIDE} 99"),
         (
             {"trial": {"recovery": "lora"}, "space": {"recovery.rank": {"int": [4, 64]}}},

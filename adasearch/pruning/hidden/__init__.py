@@ -3,7 +3,8 @@
 An entry is ``score(context: HiddenContext, options) -> Tensor``: one number per dimension (D, higher = keep). Its
 options have `remove`, the fraction of the dimensions that goes at most: never more than the budget asks for, and as
 many stay as the family's heads divide. Its fact `needs` is a function ``options -> frozenset[str]``: the families of
-`Statistics` that it reads; its fact `learns`, whether it trains, so that other weights than those of the base are cut.
+`Statistics` that it reads; its fact `learns`, whether it trains, so that other weights than those of the base are cut;
+`check`, where it has a rank, what is wrong with it, as of a recovery.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from torch import Tensor
 from adasearch.documents import Count, Fraction, Positive, Share, value
 from adasearch.pruning.hidden import HiddenContext
 from adasearch.pruning.hidden.magnitude import magnitudes
-from adasearch.pruning.learning import LearningOptions
+from adasearch.pruning.learning import LearningOptions, check_rank
 from adasearch.pruning.reduction import normalised
 from adasearch.registry import HIDDEN
 from adasearch.sections import Dropout
@@ -37,7 +37,7 @@ class PatOptions(LearningOptions):
     frozen: Fraction = 0.8
 
 
-@HIDDEN.register(options=PatOptions, needs=lambda _: frozenset(), learns=True)
+@HIDDEN.register(options=PatOptions, needs=lambda _: frozenset(), learns=True, check=check_rank)
 def score(context: HiddenContext, options: PatOptions) -> Tensor:
     """Return the learnt mask parameters m (D): PAT (arXiv 2408.14721), see `tuning.sparsification`.
 

@@ -4,8 +4,9 @@ An entry is ``decide(context: ScheduleContext, options) -> Decision``: which uni
 go, layer by layer or in many small steps, and, where it compensates on its way, what the output projections become.
 Facts: `compensates`, whether it does; `selects`, whether any selection may choose the units, or `top` alone; `sources`,
 where the statistics may come from that it takes on its way, None for all (`accumulators.Source`); `learns`, whether it
-trains, so that other weights than those of the base are cut (`_learning`). Whatever the schedule, the widths meet the
-budget and the base weights are only read.
+trains, so that other weights than those of the base are cut (`_learning`); `check`, what is wrong with its options for
+projections of given shapes, as of a recovery. Whatever the schedule, the widths meet the budget and the base weights
+are only read.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adasearch.documents import Count, Share, value
-from adasearch.pruning.learning import LowRank, RampOptions
+from adasearch.pruning.learning import LowRank, RampOptions, check_rank
 from adasearch.pruning.schedule import Decision, ScheduleContext
 from adasearch.pruning.schedule._learning import Ramped, Training, prior
 from adasearch.pruning.structure import Group
@@ -79,7 +79,9 @@ class _Judged(Ramped):
                 self._scores[group.name].lerp_(found, 1 - self._decay)
 
 
-@SCHEDULE.register(options=LoraPruneOptions, compensates=False, selects=False, sources=None, learns=True)
+@SCHEDULE.register(
+    options=LoraPruneOptions, compensates=False, selects=False, sources=None, learns=True, check=check_rank
+)
 def decide(context: ScheduleContext, options: LoraPruneOptions) -> Decision:
     """Return the units that are unmasked when the training ends, updates merged: LoRAPrune (arXiv 2305.18403).
 

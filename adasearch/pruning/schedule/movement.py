@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from adasearch.documents import Index, Positive, value
-from adasearch.pruning.learning import RampOptions
+from adasearch.pruning.learning import RampOptions, check_rank
 from adasearch.pruning.schedule import Decision, ScheduleContext
 from adasearch.pruning.schedule._learning import Ramped, Training, prior
 from adasearch.registry import SCHEDULE
@@ -47,7 +47,9 @@ class _Moving(Ramped):
         return {name: chosen.get(name, torch.ones_like(z)) + (z - z.detach()) for name, z in self._z.items()}
 
 
-@SCHEDULE.register(options=MovementOptions, compensates=False, selects=False, sources=None, learns=True)
+@SCHEDULE.register(
+    options=MovementOptions, compensates=False, selects=False, sources=None, learns=True, check=check_rank
+)
 def decide(context: ScheduleContext, options: MovementOptions) -> Decision:
     """Return the units with the highest movement when the training ends: Sanh et al. (arXiv 2005.07683), by unit.
 

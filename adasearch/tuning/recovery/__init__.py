@@ -17,53 +17,26 @@ parts of a batch, number format, optimizer, processes. So whatever an entry's `A
 is in their `state`, and while something is still to be taken away they are not `settled`.
 
 Fact `check`: what is wrong with the options for projections of given shapes, ``check(options, shapes)``; it raises a
-ConfigError that names the setting. It is asked with the dense model's shapes before any work.
+ConfigError that names the setting. It is asked with the dense model's shapes before any work (`trainings.check`).
 
 Fact `adapters`: True where what is trained are low-rank updates, which `RecoveryContext.keep` gets before the merge.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from adasearch.documents import join, value
-from adasearch.errors import ConfigError
-from adasearch.registry import RECOVERY
+from adasearch.documents import value
 from adasearch.sections import TrainingRules
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from adasearch.config import Component
-    from adasearch.pruning.structure import ModelStructure
     from adasearch.streams import Marks, TrainingText
     from adasearch.tuning.decoder import Updates
     from adasearch.tuning.parallel import Group
     from adasearch.tuning.snapshots import Snapshots
-
-
-def check(component: Component, structure: ModelStructure, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Make sure that a model can be recovered as `component` says, as far as that shows before the cut.
-
-    Args:
-        component: a recovery.
-        structure: of the dense model.
-        shapes: of its parameters by full name.
-        where: key of the recovery, or of the setting that made it so.
-
-    Raises:
-        ConfigError: names the key below `where`, and what must hold.
-    """
-    facts = RECOVERY.get(component.type).facts
-    names = {name: name.removesuffix(".weight") for name in shapes}
-    linear = {n: shapes[key] for key, n in names.items() if n.rpartition(".")[2] in structure.lora_targets}
-    try:
-        if "check" in facts:
-            facts["check"](component.options, linear)
-    except ConfigError as error:
-        key = where if where.endswith(f".{error.where}") else join(where, error.where)
-        raise ConfigError(key, error.problem) from None
 
 
 @value

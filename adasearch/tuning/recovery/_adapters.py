@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adasearch.documents import Count, Positive, Share, value
 from adasearch.errors import ConfigError, TrialError
+from adasearch.pruning.learning import check_rank
 from adasearch.pruning.structure import ModelStructure
 from adasearch.registry import nearest
 from adasearch.sections import Dropout, TuningOptions
@@ -145,10 +146,7 @@ def check(options: AdapterOptions, shapes: Mapping[str, tuple[int, ...]]) -> Non
     Raises:
         ConfigError: names the setting.
     """
-    least = min(_some(options, tuple(shapes)), key=lambda name: min(shapes[name]))
-    if options.rank > min(shapes[least]):
-        problem = f"must be at most {min(shapes[least])}, the smaller side of {least}, given {options.rank}"
-        raise ConfigError("rank", problem)
+    check_rank(options, {name: shapes[name] for name in _some(options, tuple(shapes))})
 
 
 def _some(options: AdapterOptions, names: tuple[str, ...]) -> list[str]:
