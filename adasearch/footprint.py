@@ -2,7 +2,8 @@
 
 It counts what `tuning.loop` holds at its peak, the backward pass of a step with fused attention, as a sum of parts that
 do not all have their peak at the same time: what is really taken is a little less. The model counts as it was before
-the cut.
+the cut. Not counted: on a CPU, sequences of up to 512 tokens hold their attention weights too (`decoder`), about
+H (T + 128) / 2 numbers for each token and layer.
 
 Letters, per layer: D hidden size, A query heads times their size, K key-value heads times theirs, I intermediate size;
 N tokens of one forward, V vocabulary, R rank, s bytes of a weight.

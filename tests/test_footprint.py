@@ -36,7 +36,7 @@ class TestArithmetic:
     def test_a_layer_holds_what_the_decoder_saves(self, dtype, rank):
         """Two models that differ by four layers alone, in sequences long enough for fused attention."""
         held = []
-        batch, length = 2, 320
+        batch, length = 2, 640
         for layers in (2, 6):
             model, shape = model_of(dtype, num_hidden_layers=layers)
             model.requires_grad_(rank == 0)

@@ -21,9 +21,10 @@ def cut_model(family="llama", dtype=torch.float32, attention="kv_group", **chang
     biases = tuple(g.output for g in structure.groups if g.layer == 0)
     plan = tiny.random_plan(structure, units, widths, biases=biases)
     model = surgery.cut(config, tiny.tiny_weights(config, dtype), structure, plan)
+    generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
         if name.removesuffix(".bias") in biases:
-            torch.nn.init.normal_(parameter)
+            torch.nn.init.normal_(parameter, generator=generator)
     return model
 
 
