@@ -100,8 +100,9 @@ class Speed:
     Args:
         format: label of the export, ``hf`` where it has none.
         file_bytes: of its weights.
-        dense_file_bytes: of those of the dense model, in the number format of the search.
-        prefill: reading a prompt of `prompt` tokens; None for a format that torch does not run.
+        dense_file_bytes: of those of the dense model, in the number format of the search; beside a GGUF file that was
+            timed, in that of the file.
+        prefill: reading a prompt of `prompt` tokens; None for a GGUF file where llama.cpp is not installed.
         decode: writing `written` tokens after it, with the key-value cache; None likewise.
         peak_bytes: greatest memory of a process that opens it, reads and writes; on a GPU of its tensors there.
         dense_peak_bytes: the same of the dense model.
@@ -124,6 +125,11 @@ class Speed:
     threads: int = 1
     prompt: int = 0
     written: int = 0
+
+    @property
+    def gguf(self) -> bool:
+        """Return whether it is a GGUF file, which llama.cpp runs."""
+        return self.format.startswith("gguf")
 
 
 def last_quarter(losses: Sequence[float]) -> float:

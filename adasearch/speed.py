@@ -2,7 +2,8 @@
 
 Batch 1: tokens per second of reading a prompt (prefill) and of writing after it with the key-value cache (decode).
 Export and dense model take turns in one process, since the speed of a machine drifts; their ratio is what counts.
-Greatest memory is that of a process that opens one of them alone.
+Greatest memory is that of a process that opens one of them alone. A GGUF file is run by llama.cpp where that is
+installed, beside the dense model in the same number format.
 
 ``python -m adasearch.speed REQUEST`` is such a process.
 """
@@ -16,12 +17,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
-from adasearch import costs, fresh, loading, models
+from adasearch import costs, fresh, llama_cpp, loading, models
 from adasearch.config import StudyConfig
 from adasearch.documents import parse, plain, value
 from adasearch.environment import peak_memory, usable_cores
@@ -38,6 +39,9 @@ _LEAST, _MOST = 3, 9
 """Pairs that a rate is taken of."""
 
 
+Reader = Literal["torch", "llama_cpp"]
+
+
 @value
 class Request:
     """What another process is to measure.
@@ -45,12 +49,14 @@ class Request:
     Args:
         folder: model to open: an export, or a folder of transformers.
         dense: dense model that it is timed beside; None has the memory alone.
+        reader: what runs both.
     """
 
     folder: str
     dense: str | None
     device: str
     threads: int
+    reader: Reader = "torch"
     prompt: int = PROMPT
     written: int = WRITTEN
 
@@ -61,7 +67,7 @@ class Answer:
 
     bare_bytes: int
     peak_bytes: int
-    dtype: str
+    dtype: str = ""
     prefill: Rate | None = None
     decode: Rate | None = None
 
@@ -106,44 +112,84 @@ def rate(tokens: int, own: Callable[[], float], dense: Callable[[], float]) -> R
     )
 
 
-def rates(model: Any, dense: Any, prompt: int, written: int) -> tuple[Rate, Rate]:
-    """Return prefill and decode of a model beside the dense one, batch 1.
+class Reading(Protocol):
+    """A model that some program runs, and what it takes there.
 
     Args:
-        model: causal language model in the layout of transformers, on the device of the other.
-        dense: what it is compared with.
-        prompt: tokens of the prompt.
-        written: tokens written after it.
+        dtype: number format of its weights, empty where the program does not tell.
     """
-    vocabulary = min(m.get_input_embeddings().weight.shape[0] for m in (model, dense))
-    ids = (torch.arange(prompt, device=model.get_input_embeddings().weight.device) % vocabulary)[None]
-    with torch.inference_mode():
-        prefill = rate(prompt, lambda: prefill_seconds(model, ids), lambda: prefill_seconds(dense, ids))
-        decode = rate(written, lambda: decode_seconds(model, ids, written), lambda: decode_seconds(dense, ids, written))
-    return prefill, decode
+
+    dtype: str
+
+    def prefill(self) -> float:
+        """Return the seconds of reading the prompt."""
+
+    def decode(self) -> float:
+        """Return the seconds of writing after it."""
+
+    def settle(self) -> None:
+        """Make ready for being timed, once the memory was looked at."""
 
 
-def _opened(folder: Path, device: str) -> Any:
-    return open_export(folder, device) if (folder / MARKER).is_file() else loading.load(folder, device=device)
+class _InTorch:
+    """A model that torch runs, see `Reading`."""
+
+    def __init__(self, folder: Path, asked: Request) -> None:
+        is_export = (folder / MARKER).is_file()
+        self._model = open_export(folder, asked.device) if is_export else loading.load(folder, device=asked.device)
+        self.dtype = str(self._model.dtype).removeprefix("torch.")
+        self._ids = torch.arange(asked.prompt, device=asked.device)[None] % self._model.config.vocab_size
+        self._written = asked.written
+
+    def prefill(self) -> float:
+        return prefill_seconds(self._model, self._ids)
+
+    def decode(self) -> float:
+        return decode_seconds(self._model, self._ids, self._written)
+
+    def settle(self) -> None:
+        # How weights lie in memory follows from how a file was opened, and is no matter of the model.
+        self._model = costs.aligned(self._model)
+
+
+class _InLlamaCpp:
+    """A GGUF file that llama.cpp runs, see `Reading`."""
+
+    dtype = ""
+
+    def __init__(self, folder: Path, asked: Request) -> None:
+        self._prompt, self._written = list(range(asked.prompt)), asked.written
+        self._runner = llama_cpp.Runner(folder, asked.threads, 2 * (asked.prompt + asked.written))
+
+    def prefill(self) -> float:
+        return self._runner.seconds(self._prompt, 1)[0]
+
+    def decode(self) -> float:
+        return self._runner.seconds(self._prompt, self._written)[1]
+
+    def settle(self) -> None:
+        pass
+
+
+_READERS: dict[Reader, Callable[[Path, Request], Reading]] = {"torch": _InTorch, "llama_cpp": _InLlamaCpp}
 
 
 def measure(asked: Request) -> Answer:
     """Return what a request asks for, measured in this process; its peak memory is that of the first model alone."""
     models.set_threads(asked.threads)
-    on_gpu = asked.device == "cuda"
+    on_gpu, opened = asked.device == "cuda", _READERS[asked.reader]
     bare = 0 if on_gpu else peak_memory()
-    model = _opened(Path(asked.folder), asked.device)
-    ids = torch.arange(asked.prompt, device=asked.device)[None] % model.config.vocab_size
     with torch.inference_mode():
-        decode_seconds(model, ids, asked.written)
-    peak = models.gpu_peak() if on_gpu else peak_memory()
-    found = Answer(bare_bytes=bare, peak_bytes=peak, dtype=str(model.dtype).removeprefix("torch."))
-    if asked.dense is None:
-        return found
-    dense = _opened(Path(asked.dense), asked.device)
-    # How weights lie in memory follows from how a file was opened, and is no matter of the model.
-    prefill, decode = rates(costs.aligned(model), costs.aligned(dense), asked.prompt, asked.written)
-    return dataclasses.replace(found, prefill=prefill, decode=decode)
+        own = opened(Path(asked.folder), asked)
+        own.decode()
+        found = Answer(bare_bytes=bare, peak_bytes=models.gpu_peak() if on_gpu else peak_memory(), dtype=own.dtype)
+        if asked.dense is None:
+            return found
+        dense = opened(Path(asked.dense), asked)
+        for model in (own, dense):
+            model.settle()
+        prefill = rate(asked.prompt, own.prefill, dense.prefill)
+        return dataclasses.replace(found, prefill=prefill, decode=rate(asked.written, own.decode, dense.decode))
 
 
 def _ask(asked: Request) -> Answer:
@@ -166,7 +212,7 @@ def _weights_size(folder: Path) -> int:
 
 
 class Scale:
-    """Measures exports of one run beside its dense model, whose own memory is measured once.
+    """Measures exports of one run beside its dense model, whose own memory is measured once for each number format.
 
     Args:
         study: of the run.
@@ -177,41 +223,68 @@ class Scale:
         self._device = "cpu" if study.cluster.gpus_per_worker == 0 else models.pick_device().type
         dtype = models.pick_dtype(study.model.dtype, self._device)
         self._dense = models.fetch_weights(models.resolve(study.model), cache_folder(run) / "models", dtype)
+        self._run = run
         self._threads = usable_cores()
-        self._dense_peak = 0
+        self._dense_peaks: dict[str, int] = {}
 
     def speed(self, folder: Path, label: str) -> Speed:
-        """Return what the export in `folder` takes; of one that torch does not run, the size of its file alone.
+        """Return what the export in `folder` takes; of a GGUF file its size alone where llama.cpp is not installed.
 
         Raises:
-            ModelError: it cannot be opened, or there is not memory enough for both models.
+            ModelError: it cannot be opened, or there is not memory or disk enough for both models.
         """
+        told = marker(folder)
         sizes = Speed(
             format=label or "hf", file_bytes=_weights_size(folder), dense_file_bytes=_weights_size(self._dense)
         )
-        if marker(folder).get("layout") == "gguf":
+        if told.get("layout") != "gguf":
+            return self._timed(sizes, self._request(folder, self._dense, "torch", self._device))
+        if not llama_cpp.installed():
             return sizes
-        if not self._dense_peak:
-            self._dense_peak = _ask(self._request(self._dense, None)).peak_bytes
-        asked = self._request(folder, self._dense)
+        # beside the run: the system's folder for temporary files may be small
+        with tempfile.TemporaryDirectory(prefix=".dense-", dir=self._run) as room:
+            _write_dense(self._dense, Path(room), str(told["dtype"]))
+            sizes = dataclasses.replace(sizes, dense_file_bytes=_weights_size(Path(room)), dtype=str(told["dtype"]))
+            return self._timed(sizes, self._request(folder, Path(room), "llama_cpp", "cpu"))
+
+    def _timed(self, sizes: Speed, asked: Request) -> Speed:
+        key = f"{asked.reader} {sizes.dtype}"
+        if key not in self._dense_peaks:
+            assert asked.dense is not None
+            alone = dataclasses.replace(asked, folder=asked.dense, dense=None)
+            self._dense_peaks[key] = _ask(alone).peak_bytes
         found = _ask(asked)
         return dataclasses.replace(
             sizes,
             prefill=found.prefill,
             decode=found.decode,
             peak_bytes=found.peak_bytes,
-            dense_peak_bytes=self._dense_peak,
+            dense_peak_bytes=self._dense_peaks[key],
             bare_bytes=found.bare_bytes,
             device=asked.device,
-            dtype=found.dtype,
+            dtype=found.dtype or sizes.dtype,
             threads=asked.threads,
             prompt=asked.prompt,
             written=asked.written,
         )
 
-    def _request(self, folder: Path, dense: Path | None) -> Request:
-        beside = None if dense is None else str(dense.resolve())
-        return Request(folder=str(folder.resolve()), dense=beside, device=self._device, threads=self._threads)
+    def _request(self, folder: Path, dense: Path, reader: Reader, device: str) -> Request:
+        return Request(folder=str(folder.resolve()), dense=str(dense.resolve()), device=device, threads=self._threads,
+                       reader=reader)  # fmt: skip
+
+
+def _write_dense(weights: Path, folder: Path, dtype: str) -> None:
+    """Write the dense model into `folder` as a GGUF file.
+
+    Raises:
+        ModelError: llama.cpp does not know such models, or the disk is full.
+    """
+    from adasearch.tuning.export import gguf
+
+    try:
+        gguf.write_dense(models.open_base(weights), folder / loading.GGUF, gguf.GgufOptions(dtype=dtype))  # type: ignore[arg-type]
+    except OSError as error:
+        raise ModelError(f"the dense model cannot be written beside it: {error}") from error
 
 
 def measure_exports(

@@ -33,7 +33,7 @@ FLOORS = [
     ["tuning", "loading"],
     ["search"],
     ["environment", "workbench", "conduct"],
-    ["costs", "latencies"],
+    ["costs", "latencies", "llama_cpp"],
     ["goals"],
     ["outlining", "text_checks", "trainings"],
     ["trial", "speed"],
@@ -80,6 +80,7 @@ DOORS = {
         "loading",
     ),
     "gguf": ("checkpoints", "tuning.export"),
+    "xllamacpp": ("llama_cpp",),
     "peft": (),  # what our updates are compared with
     "lm_eval": ("tuning.evaluation", "tuning.tasks", "tuning.items"),
     "datasets": ("data", "tuning.tasks"),

@@ -10,17 +10,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from gguf import GGUFReader
 
-from adasearch import costs, loading, records, report, speed, verdicts
+from adasearch import costs, loading, models, records, report, speed, verdicts
 from adasearch.cli import main
 from adasearch.documents import plain
 from adasearch.errors import ModelError
 from adasearch.records import FinalRecord, Rate, Speed, read_finals, write_final
 from adasearch.report_speed import speed_section
-from adasearch.tuning.export import _card, _folder, _verify
+from adasearch.tuning.export import _card, _folder, _verify, gguf
 from tests.test_main_job import study_file
 from tests.tiny import save_checkpoint
-from tests.tuning.test_export import UNEVEN, make_case
+from tests.tuning.test_export import BYTES, UNEVEN, make_case
 
 RATE = Rate(own=30.0, dense=20.0, gain=1.5, spread=0.1)
 FOUND = Speed(format="hf", file_bytes=2**20, dense_file_bytes=2**21, prefill=RATE, decode=RATE, peak_bytes=3 * 2**20,
@@ -113,6 +114,66 @@ def test_memory_is_that_of_a_process_of_its_own(exported):
     assert found.bare_bytes > 2**20
     with pytest.raises(ModelError, match="readable config"):
         speed._ask(dataclasses.replace(asked, folder=str(exported / "nothing")))
+
+
+def scale_of(run, monkeypatch, *, installed):
+    monkeypatch.setattr(models, "resolve", lambda model: model)
+    monkeypatch.setattr(models, "fetch_weights", lambda *_: run / "dense")
+    monkeypatch.setattr(speed.llama_cpp, "installed", lambda: installed)
+    study = SimpleNamespace(cluster=SimpleNamespace(gpus_per_worker=0), model=SimpleNamespace(dtype="float32"))
+    return speed.Scale(study, run)
+
+
+def test_a_gguf_file_is_timed_beside_the_dense_model_in_its_number_format(tmp_path, monkeypatch):
+    case = make_case("llama", tmp_path / "case", UNEVEN, vocab_size=BYTES)
+    case.export(tmp_path / "export" / "trial3", gguf.GgufOptions(dtype="q8_0"), name="gguf")
+    monkeypatch.setattr(models, "open_base", lambda _: case.base)
+    (tmp_path / "dense").mkdir()
+    asked = []
+
+    def answer(request):
+        (name,) = [part for part in (request.dense, request.folder) if part and ".dense-" in part]
+        header = GGUFReader(Path(name) / loading.GGUF)
+        assert {str(t.tensor_type.name) for t in header.tensors} <= {"F32", "F16", "Q8_0"}
+        widths = {tuple(int(n) for n in t.shape) for t in header.tensors if "ffn_up" in t.name}
+        assert widths == {(48, 40)}, "no channel is gone"
+        asked.append(request)
+        return speed.Answer(bare_bytes=1, peak_bytes=5 if request.dense else 7, prefill=RATE, decode=RATE)
+
+    monkeypatch.setattr(speed, "_ask", answer)
+    scale = scale_of(tmp_path, monkeypatch, installed=True)
+    found = scale.speed(tmp_path / "export" / "trial3", "gguf-q8_0")
+    assert [(a.reader, a.device, a.dense is None) for a in asked] == [("llama_cpp", "cpu", i == 0) for i in range(2)]
+    assert (found.prefill, found.peak_bytes, found.dense_peak_bytes, found.dtype) == (RATE, 5, 7, "q8_0")
+    assert found.file_bytes < found.dense_file_bytes < 4 * found.file_bytes
+    assert not list(tmp_path.glob(".dense-*")), "the dense file is gone"
+    assert "| llama.cpp, batch 1, cpu" in "| " + _card.speed_lines(found)[2]
+    assert "llama.cpp, q8_0" in speed_section(findings_of(final_of(speeds=(found,))))
+
+
+def test_a_gguf_file_has_its_size_alone_without_llama_cpp(tmp_path, monkeypatch):
+    case = make_case("llama", tmp_path / "case", UNEVEN, vocab_size=BYTES)
+    case.export(tmp_path / "out", gguf.GgufOptions(dtype="f16"), name="gguf")
+    (tmp_path / "dense").mkdir()
+    found = scale_of(tmp_path, monkeypatch, installed=False).speed(tmp_path / "out", "gguf-f16")
+    assert found.file_bytes == (tmp_path / "out" / loading.GGUF).stat().st_size
+    assert (found.prefill, found.decode, found.peak_bytes) == (None, None, 0)
+    assert "pip install xllamacpp" in "\n".join(_card.speed_lines(found))
+
+
+def test_a_disk_without_room_for_the_dense_file_is_said(tmp_path, monkeypatch):
+    case = make_case("llama", tmp_path / "case", UNEVEN, vocab_size=BYTES)
+    case.export(tmp_path / "out", gguf.GgufOptions(dtype="f16"), name="gguf")
+    (tmp_path / "dense").mkdir()
+    monkeypatch.setattr(models, "open_base", lambda _: case.base)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf, "_write_file", full)
+    with pytest.raises(ModelError, match="No space left"):
+        scale_of(tmp_path, monkeypatch, installed=True).speed(tmp_path / "out", "gguf-f16")
+    assert not list(tmp_path.glob(".dense-*"))
 
 
 class _Scale:
@@ -219,7 +280,7 @@ def test_the_report_puts_the_dense_model_beside():
     assert "× 1.50 ± 0.10" in text
     assert "gguf-f16" in text
     assert speed_section(findings_of(final_of())) == ""
-    assert "is not torch" in speed_section(findings_of(final_of(speeds=(FILES,))))
+    assert "which is not installed" in speed_section(findings_of(final_of(speeds=(FILES,))))
 
 
 def test_the_leaderboard_has_columns_of_what_was_measured():

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from adasearch import models
+from adasearch import llama_cpp, models, speed
+from adasearch.errors import ModelError
 from adasearch.loading import GGUF
 from adasearch.pruning import architectures, surgery
 from adasearch.pruning.plan import make_plan
@@ -18,7 +19,7 @@ from adasearch.sections import ModelConfig, UnitsConfig
 from adasearch.tuning.export import _verify, gguf
 from tests.tuning.test_export import BYTES, LAYERS, UNEVEN, Case, make_case
 
-llama_cpp = pytest.importorskip("xllamacpp")
+pytest.importorskip("xllamacpp")
 pytestmark = pytest.mark.slow
 
 PROMPTS = [[(7 * i * i + 13 * j * (i + 1) + 5) % 250 + 3 for j in range(8)] for i in range(200)]
@@ -26,15 +27,11 @@ SHOWN = 20
 
 
 def answer(folder: Path, prompt: Any, tokens: int) -> tuple[str, list[dict[str, Any]]]:
-    """Return what llama.cpp's server says to a prompt (text or token numbers), the likeliest token each time.
+    """Return what llama.cpp says to a prompt (text or token numbers), the likeliest token each time.
 
     The text, and for each token of it the likeliest ones with their log-probabilities.
     """
-    params = llama_cpp.CommonParams()
-    params.model.path = str(folder / GGUF)
-    params.n_ctx, params.n_parallel, params.warmup, params.cpuparams.n_threads = 256, 1, False, 1
-    asked = {"prompt": prompt, "n_predict": tokens, "temperature": 0.0, "cache_prompt": False, "logprobs": SHOWN}
-    told = llama_cpp.Server(params).handle_completions(asked)["choices"][0]
+    told = llama_cpp.Runner(folder, 1, 256).complete(prompt, tokens, logprobs=SHOWN)["choices"][0]
     return told["text"], told["logprobs"]["content"]
 
 
@@ -93,3 +90,34 @@ def test_a_real_model_answers_as_ours_does(tmp_path: Path, monkeypatch: pytest.M
         case.export(tmp_path / dtype, gguf.GgufOptions(dtype=dtype), name="gguf")  # type: ignore[arg-type]
         said, tokens = answer(tmp_path / dtype, text, 16)
         assert [token["id"] for token in tokens][:least] == ours[:least], (dtype, said, base.tokenizer.decode(ours))
+
+
+def test_it_is_timed_beside_the_dense_model_in_the_same_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_verify, "_open_fresh", _verify.open_and_compare)
+    case = make_case("llama", tmp_path, UNEVEN, vocab_size=BYTES)
+    case.export(tmp_path / "out", gguf.GgufOptions(dtype="q8_0"), name="gguf")
+    (tmp_path / "dense").mkdir()
+    gguf.write_dense(case.base, tmp_path / "dense" / GGUF, gguf.GgufOptions(dtype="q8_0"))
+    asked = speed.Request(folder=str(tmp_path / "out"), dense=str(tmp_path / "dense"), device="cpu", threads=1,
+                          reader="llama_cpp", prompt=24, written=5)  # fmt: skip
+    found = speed.measure(asked)
+    assert found.prefill is not None
+    assert found.decode is not None
+    assert min(found.prefill.own, found.prefill.dense, found.decode.own, found.decode.dense) > 0
+    (tmp_path / "out" / GGUF).write_bytes(b"no model")
+    with pytest.raises(ModelError, match="does not open"):
+        speed.measure(asked)
+
+
+def test_the_dense_file_is_the_dense_model(tmp_path: Path) -> None:
+    case = make_case("llama", tmp_path, UNEVEN, vocab_size=BYTES)
+    gguf.write_dense(case.base, tmp_path / GGUF, gguf.GgufOptions(dtype="f32"))
+    units = UnitsConfig()
+    structure = architectures.describe(case.base.shape, units)
+    dense = surgery.cut(case.base.config, case.base.weights, structure, make_plan(structure, units, {}, {}))
+    with torch.inference_mode():
+        likely = dense(input_ids=torch.tensor(PROMPTS)).logits[:, -1].log_softmax(-1)
+    said = [case.base.tokenizer.decode([int(row.argmax())]) for row in likely]
+    asked = next(i for i, text in enumerate(said) if text.isascii())
+    shown = answer(tmp_path, PROMPTS[asked], 1)[1][0]["top_logprobs"]
+    assert all(math.isclose(told["logprob"], float(likely[asked][told["id"]]), abs_tol=0.02) for told in shown)

@@ -146,15 +146,19 @@ def speed_lines(speed: Speed) -> list[str]:
     head = ["| | this model | dense | |", "|---|---:|---:|---:|"]
     rows = [_bytes_row("weight files", speed.file_bytes, speed.dense_file_bytes)]
     if speed.prefill is None or speed.decode is None:
-        note = "How fast it is depends on what runs it: `llama-bench -m model.gguf` measures llama.cpp on your machine."
+        note = (
+            "Not timed: llama.cpp was not installed (`pip install xllamacpp`); `llama-bench -m model.gguf` does it on "
+            "your machine."
+        )
         return [SPEED, "", *head, *rows, "", note, ""]
     rows.append(_bytes_row("peak memory", speed.peak_bytes, speed.dense_peak_bytes))
     for name, found in (("prefill", speed.prefill), ("decode", speed.decode)):
         gain = f"× {found.gain:.2f} ± {found.spread:.2f}"
         rows.append(f"| {name}, tokens/s | {found.own:.1f} | {found.dense:.1f} | {gain} |")
     bare = f", {speed.bare_bytes / 2**20:.0f} MiB of it before a model is opened" if speed.bare_bytes else ""
+    runs = "llama.cpp, batch 1" if speed.gguf else "Batch 1"
     note = (
-        f"Batch 1, {speed.device}, {speed.threads} threads, {speed.dtype}; a prompt of {speed.prompt} tokens, then "
+        f"{runs}, {speed.device}, {speed.threads} threads, {speed.dtype}; a prompt of {speed.prompt} tokens, then "
         f"{speed.written} written one by one. Medians; both models take turns in one process, on the machine of the "
         f"run. Peak memory is that of a process that opens the model, reads and writes{bare}."
     )

@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from adasearch.documents import value
 from adasearch.errors import ModelError
 from adasearch.loading import GGUF
+from adasearch.pruning import architectures, surgery
+from adasearch.pruning.plan import make_plan
 from adasearch.registry import EXPORT
-from adasearch.tuning.export import ExportReport, Goods
+from adasearch.sections import UnitsConfig
+from adasearch.tuning.export import ExportReport, Goods, ModelCard
 from adasearch.tuning.export._files import window
 from adasearch.tuning.export._folder import Contents, publish
 from adasearch.tuning.export._gguf import FAMILY, NEIGHBOURS, Layout, layout_of, open_model, tensors_of
@@ -28,6 +31,8 @@ from adasearch.tuning.export._verify import logits_of
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
+
+    from adasearch.models import BaseModel
 
 _BLOCK = 32
 
@@ -206,6 +211,20 @@ def _write_file(path: Path, goods: Goods, layout: Layout, dtype: str) -> int:
     finally:
         writer.close()
     return sum(math.prod(shape) for name, shape in sizes.items() if name not in extra)
+
+
+def write_dense(base: BaseModel, path: Path, options: GgufOptions) -> None:
+    """Write a model that nothing was cut from: what an export is timed beside.
+
+    Raises:
+        ModelError: llama.cpp has no graph for the model or does not know its tokenizer.
+    """
+    units = UnitsConfig()
+    structure = architectures.describe(base.shape, units)
+    plan = make_plan(structure, units, {}, {})
+    model = surgery.cut(base.config, base.weights, structure, plan)
+    goods = Goods(model=model, base=base, structure=structure, plan=plan, card=ModelCard(model="dense"))
+    _write_file(path, goods, layout_of(goods), options.dtype)
 
 
 def _notes(goods: Goods, layout: Layout, moved: float, padding: int, options: GgufOptions) -> tuple[str, ...]:
