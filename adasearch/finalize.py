@@ -205,6 +205,7 @@ def run_final(task: FinalTask, bench: Workbench) -> FinalRecord | None:
         validation=tuned.validation,
         ended=tuned.ended,
         dropped=tuned.dropped,
+        epochs=tuned.epochs,
     )
     if pruned is not None and task.formats:
         clock.enter("export")

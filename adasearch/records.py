@@ -160,6 +160,7 @@ class FinalRecord:
         validation: loss on text held out from its recovery by steps done, where that was asked for.
         ended: why its recovery ended before all of its tokens were seen, empty where it did not.
         dropped: documents left out of what it was tuned on because a report item stands in them.
+        epochs: how often its recovery went through its text, of a mixture the corpus that was read most often.
     """
 
     name: str
@@ -182,6 +183,7 @@ class FinalRecord:
     validation: tuple[tuple[int, float], ...] = ()
     ended: str = ""
     dropped: int = 0
+    epochs: float = 0.0
 
     @property
     def training(self) -> tuple[str, ...]:
@@ -192,6 +194,7 @@ class FinalRecord:
         if self.validation:
             step, best = min(self.validation, key=lambda point: point[1])
             said.append(f"on text held out {best:.3f} at best, after {step} of {len(self.losses)} steps")
+        said += [f"its text was gone through {self.epochs:.1f} times"] if self.epochs > 1 else []
         said += [f"ended early: {self.ended}"] if self.ended else []
         said += [f"{self.dropped} documents with report items in them were left out"] if self.dropped else []
         return tuple(said)

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 SECTIONS = {"recovery": ("recover", 0), "schedule": ("learn", 1_000_003), "hidden": ("learn", 2_000_003)}
 """Phase by section that may train, and what is added to the seed of its text: each should see its own."""
 
+REPEATS = 2.0
+"""Times that a text may be gone through before a user is told that it may be learnt by heart."""
+
 
 def check(
     section: str, part: Component, structure: ModelStructure, shapes: Mapping[str, tuple[int, ...]], where: str
@@ -95,8 +98,16 @@ def given(
         tell=lambda progress: clock.enter(phase, progress.step / progress.steps, progress),
         teacher=bench.origin.dense(Outline(tokens=outline.tokens)) if taught else None,
         marks=text.marks,
+        notice=notice_of(text),
     )
     return text, context
+
+
+def notice_of(text: TrainingText) -> str:
+    """Return what a user should know of the text of a training before it has run, empty for nothing."""
+    if text.epochs <= REPEATS or text.held is not None:
+        return ""
+    return f"its text is gone through {text.epochs:.1f} times and none is held out: it may be learnt by heart"
 
 
 @contextlib.contextmanager

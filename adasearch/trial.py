@@ -179,7 +179,7 @@ def recover(
     train = registry.RECOVERY.get(recovery.type).function
     with conducted(conduct, context, recovery, text, pruned.plan, bench.model_key) as context:
         report: RecoveryReport = train(pruned.model, pruned.structure, text.tokens, recovery.options, context)
-    return dataclasses.replace(report, dropped=text.dropped)
+    return dataclasses.replace(report, dropped=text.dropped, epochs=report.epochs * text.epochs)
 
 
 def _keep(model: nn.Module, found: dict[str, Kept], updates: Updates) -> None:
@@ -420,14 +420,17 @@ def _sample_notes(config: TrialConfig, bench: Workbench, outline: Outline) -> di
 def _loss_notes(report: RecoveryReport) -> dict[str, float | str]:
     """Return the loss of the first step and the mean over the last quarter of the steps (nats per token).
 
-    And how many documents were left out of the text because report items stand in them, if any.
+    And how many documents were left out of the text because report items stand in them, and how often it was gone
+    through, where it was repeated.
     """
     if not report.losses:
         return {}
     dropped = {"recovery_dropped": float(report.dropped)} if report.dropped else {}
+    repeated = {"recovery_epochs": report.epochs} if report.epochs > 1 else {}
     return {
         "loss_first": report.losses[0],
         "loss_last": last_quarter(report.losses),
         "recovery_tokens": float(report.tokens),
         **dropped,
+        **repeated,
     }

@@ -188,6 +188,33 @@ class TestTextHeldOut:
         assert whole.held is None
         assert not torch.equal(whole.tokens, text.tokens)
 
+    def test_text_that_is_repeated_is_counted_and_warned_of(self, bench, tmp_path):
+        """Where none is held out; of a mixture the corpus counts that is read most often."""
+        small = tmp_path / "small.txt"
+        small.write_text("\n\n".join(f"document {i} " * 60 for i in range(12)))
+        mix = {"mix": [{"corpus": str(small), "weight": 1.0}, {"corpus": "pydoc", "weight": 1.0}]}
+        told, writer = [], finalize.state_writer
+
+        def noting(folder):
+            write = writer(folder)
+            return lambda *state: told.append(state[2]) or write(*state)
+
+        def warned(name, rules):
+            told.clear()
+            record = run_final(task_of(name, rules, corpus=mix, tokens=65536, batch=256), bench)
+            return record, {progress.warning for progress in told if progress is not None}
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(finalize, "state_writer", noting)
+            record, warnings = warned("repeated", TrainingRules())
+            held = TrainingRules(validation=ValidationConfig(tokens=32, every=4, share=0.3))
+            assert warned("held", held)[1] == {""}
+        often = f"its text is gone through {record.epochs:.1f} times"
+        assert record.epochs > 2
+        assert warnings == {f"{often} and none is held out: it may be learnt by heart"}
+        assert often.replace(" is ", " was ") in record.training
+        assert run_final(task_of("once"), bench).epochs <= 1
+
     def test_too_little_of_it_is_told(self, bench, tmp_path):
         corpus = tmp_path / "few.txt"
         corpus.write_text("\n\n".join(f"document {i} " * 60 for i in range(12)))

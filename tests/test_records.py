@@ -145,10 +145,11 @@ def test_what_a_reader_should_know_of_a_training_is_in_sentences():
     assert FinalRecord(name="a", losses=(), **facts).training == ()
     curve = ((2, 2.5), (4, 2.0), (6, 2.25))
     told = FinalRecord(name="a", losses=(4.0, 3.0, 3.0, 3.0, 2.5, 2.5, 2.0, 1.0), validation=curve, ended="it was late",
-                       dropped=3, **facts)  # fmt: skip
+                       dropped=3, epochs=3.36, **facts)  # fmt: skip
     assert told.training == (
         "loss 4.000 at first, 1.500 over the last quarter",
         "on text held out 2.000 at best, after 4 of 8 steps",
+        "its text was gone through 3.4 times",
         "ended early: it was late",
         "3 documents with report items in them were left out",
     )

@@ -74,7 +74,7 @@ class _Course:
         self._rules, self._group = context.rules, context.group or Alone()
         self._watch = _Watch(context) if context.held is not None and context.rules.validation is not None else None
         self._losses: list[float] = []
-        self._warning = self.ended = ""
+        self._warning, self.ended = context.notice, ""
         self.first, self._before = 0, 0.0
         self._begun = self._saved = time.monotonic()
 
@@ -233,7 +233,7 @@ class _Course:
         assert self._context.snapshots is not None
         if self._group.rank == 0:
             problem = self._context.snapshots.save(self._state())
-            self._warning = "" if problem is None else f"no checkpoint: {problem}"
+            self._warning = self._context.notice if problem is None else f"no checkpoint: {problem}"
         self._saved = time.monotonic()
 
     def _state(self) -> dict[str, Any]:

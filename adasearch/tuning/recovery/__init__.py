@@ -77,6 +77,7 @@ class RecoveryContext:
         snapshots: where checkpoints go, None for nowhere.
         group: the processes that train together, None for this one alone.
         tell: called after each step with where the training stands; it may raise to stop it.
+        notice: what the user should know of this training from its first step on, empty for nothing.
     """
 
     seed: int = 0
@@ -90,6 +91,7 @@ class RecoveryContext:
     snapshots: Snapshots | None = None
     group: Group | None = None
     tell: Callable[[Progress], None] | None = None
+    notice: str = ""
 
 
 @value
@@ -100,7 +102,8 @@ class RecoveryReport:
         losses: mean next-token loss of each step, in nats per token, before that step's update.
         tokens: tokens that were trained on.
         seconds: wall time.
-        epochs: `tokens` over the length of the stream; above 1 the stream was repeated.
+        epochs: how often the stream was gone through; `trial.recover` counts how often its text was, and of a mixture
+            the corpus that was read most often.
         dropped: documents that were left out of the stream because a report item stands in them.
         validation: loss on the text held out by steps done, where any was.
         best: steps done where the weights were that were kept, 0 where the last ones were.
