@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -35,6 +36,8 @@ from adasearch.tuning.export._verify import WEIGHTS, marker, open_export
 from adasearch.workbench import cache_folder
 
 PROMPT, WRITTEN = 128, 16
+_ROOM = ".dense-"
+"""How the folder begins in which the dense model lies as a GGUF file."""
 _LEAST, _MOST = 3, 9
 """Pairs that a rate is taken of."""
 
@@ -224,6 +227,8 @@ class Scale:
         dtype = models.pick_dtype(study.model.dtype, self._device)
         self._dense = models.fetch_weights(models.resolve(study.model), cache_folder(run) / "models", dtype)
         self._run = run
+        for left in run.glob(f"{_ROOM}*"):  # by a driver that was killed; only one works on a run
+            shutil.rmtree(left, ignore_errors=True)
         self._threads = usable_cores()
         self._dense_peaks: dict[str, int] = {}
 
@@ -242,7 +247,7 @@ class Scale:
         if not llama_cpp.installed():
             return sizes
         # beside the run: the system's folder for temporary files may be small
-        with tempfile.TemporaryDirectory(prefix=".dense-", dir=self._run) as room:
+        with tempfile.TemporaryDirectory(prefix=_ROOM, dir=self._run) as room:
             _write_dense(self._dense, Path(room), str(told["dtype"]))
             sizes = dataclasses.replace(sizes, dense_file_bytes=_weights_size(Path(room)), dtype=str(told["dtype"]))
             return self._timed(sizes, self._request(folder, Path(room), "llama_cpp", "cpu"))

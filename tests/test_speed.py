@@ -141,7 +141,9 @@ def test_a_gguf_file_is_timed_beside_the_dense_model_in_its_number_format(tmp_pa
         return speed.Answer(bare_bytes=1, peak_bytes=5 if request.dense else 7, prefill=RATE, decode=RATE)
 
     monkeypatch.setattr(speed, "_ask", answer)
+    (tmp_path / ".dense-of-a-driver-that-was-killed").mkdir()
     scale = scale_of(tmp_path, monkeypatch, installed=True)
+    assert not list(tmp_path.glob(".dense-*"))
     found = scale.speed(tmp_path / "export" / "trial3", "gguf-q8_0")
     assert [(a.reader, a.device, a.dense is None) for a in asked] == [("llama_cpp", "cpu", i == 0) for i in range(2)]
     assert (found.prefill, found.peak_bytes, found.dense_peak_bytes, found.dtype) == (RATE, 5, 7, "q8_0")
