@@ -44,7 +44,8 @@ def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
     train = getattr(trial.recovery.options, "tokens", 0)
     items = sum(len(ids) for ids in checked.items["search"].values())
     tokens = study.fidelity.divergence
-    again = f" (again after {study.fidelity.midway:.0%} of the recovery)" if 0 < study.fidelity.midway < 1 else ""
+    midway = train and 0 < study.fidelity.midway < 1
+    again = f" (again after {study.fidelity.midway:.0%} of the recovery)" if midway else ""
     compared = f"divergence from the dense model on {tokens:,} tokens{again}, " if tokens else ""
     learning = {part.type: getattr(part.options, "tokens", 0) for part in (trial.hidden, trial.schedule)}
     learnt = "".join(f"{n:,} tokens from which {name} learns what goes, " for name, n in learning.items() if n)

@@ -379,6 +379,21 @@ class TestStudy:
                 check_study(study, "study:", tmp_path / "run")
 
 
+    @pytest.mark.parametrize(("tokens", "again"), [(0, ""), (64, " (again after 33% of the recovery)")])
+    def test_validate_speaks_of_a_recovery_only_where_trials_have_one(self, tmp_path, tiny_checkpoint, tokens, again):
+        from adasearch.checks import check_study
+
+        trained = {**RECOVERY_OF, "type": "lora", "tokens": tokens} if tokens else {"type": "none"}
+        study = self.load(tmp_path, tiny_checkpoint)
+        study = dataclasses.replace(
+            study,
+            trial={**study.trial, "recovery": trained},
+            fidelity=dataclasses.replace(study.fidelity, divergence=32, midway=0.33),
+        )
+        (line,) = [x for x in describe_study(study, check_study(study, "study:", tmp_path / "run")) if "each trial" in x]
+        assert f"on 32 tokens{again}, {tokens} tokens of" in line
+
+
 @pytest.mark.slow
 class TestOnRay:
     def test_two_workers_train_one_finalist_as_one_does(self, tiny_checkpoint, tmp_path):
