@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from adasearch import comparison
+from adasearch import comparison, registry
 from adasearch.config import SpaceConfig, StudyConfig, TrialConfig, load_study, merged
 from adasearch.documents import plain
 from adasearch.errors import AdaSearchError
@@ -32,10 +32,11 @@ from adasearch.report import difference
 from adasearch.run import load_run
 
 STRATEGIES = Path(__file__).with_suffix(".yaml")
+Overlay = dict[str, Any]
 STEPS = 6
 """Of a run that is timed."""
-TRAINED = ("schedule", "recovery")
-Overlay = dict[str, Any]
+TRAINED = {"hidden": registry.HIDDEN, "schedule": registry.SCHEDULE, "recovery": registry.RECOVERY}
+"""Sections of a trial that may train: those do whose settings hold `tokens`."""
 Laid = Callable[[int | None], Overlay]
 """A strategy: the sections of its trial, given the tokens."""
 
@@ -61,13 +62,19 @@ def study_of(args: argparse.Namespace) -> tuple[StudyConfig, Overlay]:
     return made, text
 
 
+def options_of(key: str, part: Overlay) -> type:
+    """Return the settings that a section of a strategy has."""
+    return TRAINED[key].get(part["type"]).options
+
+
 def laid(recipe: Overlay, text: Overlay, strategy: Overlay, tokens: int | None) -> Overlay:
     """Return the sections of one strategy: the recipe of the cut, the strategy over it, the text where it trains.
 
-    One that learns what goes has a `schedule` of its own, which trains on as many tokens as the recovery.
+    One that learns what goes has a `schedule` or `hidden` of its own, which trains on as many tokens as the recovery.
     """
     given = {**text, **({} if tokens is None else {"tokens": tokens})}
-    own = {key: {**given, **strategy[key]} for key in TRAINED if strategy.get(key, {}).get("type", "none") != "none"}
+    trained = [key for key in TRAINED if key in strategy and hasattr(options_of(key, strategy[key]), "tokens")]
+    own = {key: {**given, **strategy[key]} for key in trained}
     return {**merged(recipe, {**strategy, **own}), "recovery": own.get("recovery", strategy["recovery"])}
 
 
@@ -82,7 +89,8 @@ def seconds_per_token(make: Callable[[int], TrialConfig], size: int, bench: Any)
     few = make(STEPS * size)
     prune_seconds(few, bench)
     learning = prune_seconds(make(2 * STEPS * size), bench) - prune_seconds(few, bench)
-    learnt = learning / (STEPS * size) if hasattr(few.schedule.options, "tokens") else 0.0
+    learns = any(hasattr(part.options, "tokens") for part in (few.hidden, few.schedule))
+    learnt = learning / (STEPS * size) if learns else 0.0
     return learnt + recover_seconds(few, bench)
 
 

@@ -24,9 +24,10 @@ def test_every_strategy_is_a_trial_of_the_same_cut_and_text(name):
     assert found["importance"] == recipe["importance"]
     config = TrialConfig.from_dict({"calibration": {"corpus": "pydoc"}, **found}, name)
     options = config.recovery.options
-    if "schedule" in GIVEN[name]:
-        learns = config.schedule.options
-        assert (learns.tokens, learns.length, learns.batch, learns.corpus) == (640, 64, 2, "pydoc")
+    learns = [part.options for part in (config.hidden, config.schedule) if hasattr(part.options, "tokens")]
+    assert len(learns) == name.startswith(("gates", "lora_prune", "movement", "pat"))
+    for part in learns:
+        assert (part.tokens, part.length, part.batch, part.corpus) == (640, 64, 2, "pydoc")
     if config.recovery.type != "none":
         assert (options.tokens, options.length, options.batch, options.corpus) == (640, 64, 2, "pydoc")
 

@@ -378,7 +378,6 @@ class TestStudy:
             with pytest.raises(ConfigError, match=r"finalize\.training\.processes: must be at most"):
                 check_study(study, "study:", tmp_path / "run")
 
-
     @pytest.mark.parametrize(("tokens", "again"), [(0, ""), (64, " (again after 33% of the recovery)")])
     def test_validate_speaks_of_a_recovery_only_where_trials_have_one(self, tmp_path, tiny_checkpoint, tokens, again):
         from adasearch.checks import check_study
@@ -390,7 +389,8 @@ class TestStudy:
             trial={**study.trial, "recovery": trained},
             fidelity=dataclasses.replace(study.fidelity, divergence=32, midway=0.33),
         )
-        (line,) = [x for x in describe_study(study, check_study(study, "study:", tmp_path / "run")) if "each trial" in x]
+        said = describe_study(study, check_study(study, "study:", tmp_path / "run"))
+        (line,) = [x for x in said if "each trial" in x]
         assert f"on 32 tokens{again}, {tokens} tokens of" in line
 
 
