@@ -28,6 +28,7 @@ from adasearch.search.space import Space
 from adasearch.sections import BudgetConfig, ClusterConfig, Cost, TrainingRules, UnitsConfig
 from adasearch.tuning import tasks
 from adasearch.tuning.export import check as check_export
+from adasearch.tuning.export import check_model
 from adasearch.workbench import cache_folder
 
 if TYPE_CHECKING:
@@ -282,6 +283,7 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
     targets = [structure.parameters - removal(structure, study.budget.removing(remove)) for remove in (low, high)]
     _check_layers(study, space, shape.layers, where)
     _check_trainings(study, space, shape, where)
+    check_model(study.finalize.formats, source, join(where, "finalize.formats"))
     if out is not None:
         _check_disk(out, structure.parameters, study.finalize.top + 1)
     items = {role: _items(study, role, where) for role in ("search", "select", "report")}
@@ -359,9 +361,7 @@ def place(
         most: workers that are of use, None for what a search of the study can use.
     """
     gpu = study.cluster.gpus_per_worker != 0 and any(offer.gpus for offer in offered)
-    half = gpu and study.model.dtype == "auto"
-    size = 2 if half else models.pick_dtype(study.model.dtype, "cpu").itemsize
-    need = _need(study, shape, size, finalists=finalists, gpu=gpu)
+    need = _need(study, shape, number_size(study, gpu=gpu), finalists=finalists, gpu=gpu)
     if not finalists:
         return placement.decide(study.cluster, offered, need, most or placement.most_workers(study.trials))
     processes = study.finalize.training.processes
@@ -370,6 +370,11 @@ def place(
     if processes > 1 and gpu:  # processes that train together cannot share a GPU
         cluster = dataclasses.replace(cluster, gpus_per_worker=1.0)
     return placement.decide(cluster, offered, need, searching)
+
+
+def number_size(study: StudyConfig, *, gpu: bool) -> int:
+    """Return the bytes of a number of the models of a study, on a GPU or on the processor of this machine."""
+    return 2 if gpu and study.model.dtype == "auto" else models.pick_dtype(study.model.dtype, "cpu").itemsize
 
 
 def _need(study: StudyConfig, shape: ModelShape, size: int, *, finalists: bool, gpu: bool) -> Need:

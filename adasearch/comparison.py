@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from adasearch.config import STUDYS_OWN, StudyConfig, TrialConfig, merged
 from adasearch.documents import join
 from adasearch.errors import ConfigError, NoTrialError
-from adasearch.finalize import LONGER, FinalTask, dense_task, finish
+from adasearch.finalists import FinalTask, dense_task
+from adasearch.finalize import LONGER, finish
 from adasearch.library import load_recipe, recipe_names
 from adasearch.records import Failure, FinalRecord, read_failures, read_finals, write_atomically
 from adasearch.registry import nearest
@@ -90,7 +91,7 @@ def tasks_of(study: StudyConfig) -> list[FinalTask]:
 
 def compare(study: StudyConfig, run: Path, executor: Executor, display: Display) -> None:
     """Make and score the dense model and every recipe that has no record in `run` yet."""
-    finish(tasks_of(study), run, executor, display, seconds=study.limits.trial_seconds * LONGER)
+    finish(study, tasks_of(study), run, executor, display, seconds=study.limits.trial_seconds * LONGER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

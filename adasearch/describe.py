@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from adasearch import models
-from adasearch.checks import Checked, machines, place, training_of
+from adasearch.checks import Checked, machines, number_size, place, training_of
 from adasearch.config import StudyConfig, TrialConfig
 from adasearch.footprint import footprint
 from adasearch.placement import GIB
@@ -60,7 +59,9 @@ def describe_study(study: StudyConfig, checked: Checked) -> Iterator[str]:
 def _describe_training(study: StudyConfig, shape: ModelShape) -> str:
     """Return how finalists are trained, and what that takes of memory."""
     rules, recovery = study.finalize.training, study.finalize.recovery
-    size = 2 if study.model.dtype == "auto" else models.pick_dtype(study.model.dtype, "cpu").itemsize
+    far = study.cluster.address not in {None, "in_process"}
+    gpu = study.cluster.gpus_per_worker != 0 and (far or any(offer.gpus for offer in machines(study)))
+    size = number_size(study, gpu=gpu)
     need = footprint(shape, size, training_of(recovery, rules))
     parts = [f"{rules.optimizer}, about {need.total / GIB:.1f} GiB each in {8 * size}-bit numbers"]
     parts += [f"at most {rules.seconds:g} s"] if rules.seconds else []

@@ -8,16 +8,16 @@ import functools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from adasearch import data, registry
 from adasearch.conduct import CHECKPOINT, Conduct
-from adasearch.config import Component, FinalizeConfig, StudyConfig, TaskScore, TrialConfig
-from adasearch.documents import value
+from adasearch.config import StudyConfig, TaskScore, TrialConfig
 from adasearch.environment import versions
-from adasearch.errors import ConfigError, DataError, NoTrialError, TrialError
+from adasearch.errors import ConfigError, DataError, ModelError, NoTrialError, TrialError
+from adasearch.finalists import FinalTask, export_name, finalists, format_label, made_by, to_make
 from adasearch.pruning.structure import WHOLE, Outline
 from adasearch.racing import TaskValues
 from adasearch.records import (
@@ -36,13 +36,13 @@ from adasearch.records import (
     write_final,
     write_items,
 )
-from adasearch.sections import Metric, ObjectiveConfig, TrainingRules
+from adasearch.sections import Metric
 from adasearch.speed import exports_of, measure_exports
 from adasearch.teams import Teams, followed
-from adasearch.tradeoff import distinct_cuts, finished_first
 from adasearch.trial import Clock, Pruned, prune, recover, score_blocks, silent, task_scores
 from adasearch.tuning import alignment, evaluation
 from adasearch.tuning.export import Goods, ModelCard, wants_adapters
+from adasearch.tuning.export._folder import sweep
 from adasearch.tuning.recovery import RecoveryReport
 from adasearch.verdicts import pronounce
 from adasearch.winner import ACCURACY, SELECT, merits
@@ -52,119 +52,11 @@ if TYPE_CHECKING:
 
     from adasearch.display import Display, Update
     from adasearch.search.executor import Executor
-    from adasearch.tuning.items import Role
     from adasearch.workbench import Workbench
 
 ATTEMPTS = 2
 LONGER = 10
 """How many times the seconds of a trial such a model may take: it has more items, and may be tuned for longer."""
-
-
-@value
-class FinalTask:
-    """One model to make, score on items that no search saw, and perhaps export.
-
-    Args:
-        name: of its record and its export.
-        trial: see `FinalRecord`.
-        role: see `FinalRecord`.
-        recipe: the published recipe that it is, if any.
-        config: ``TrialConfig.to_dict()``, None for the dense model.
-        recovery: how it is tuned after the cut, None for the dense model.
-        items: on which items it is scored.
-        formats: in which it is exported.
-        command: what makes it again, for its model card.
-        search: what the search knows of it, None where there was none.
-        rules: of its recovery.
-        rank: of this process among those that make it together; the first one scores and exports.
-        meeting: folder in which they meet, None where there is one.
-    """
-
-    name: str
-    trial: int
-    role: str
-    recipe: str | None = None
-    config: dict[str, Any] | None = None
-    recovery: Component | None = None
-    rules: TrainingRules = TrainingRules()
-    rank: int = 0
-    meeting: str | None = None
-    items: tuple[Role, ...] = ("select", "report")
-    formats: tuple[Component, ...] = ()
-    command: str = ""
-    search: Evidence | None = None
-
-    @property
-    def title(self) -> str:
-        """Return what the model is called in a line for the user."""
-        return self.recipe or self.name
-
-
-def dense_task(items: tuple[Role, ...] = ("select", "report")) -> FinalTask:
-    """Return the task of scoring the dense model."""
-    return FinalTask(name="dense", trial=DENSE, role="dense", items=items)
-
-
-def finalists(
-    records: list[Record],
-    wanted: FinalizeConfig,
-    known: Mapping[int, Evidence] | None = None,
-    objective: ObjectiveConfig | None = None,
-) -> list[FinalTask]:
-    """Return what is finished after a search: the dense model, the best trials, and the best recipe.
-
-    The best ones are those of the highest posterior mean, or score where there is no posterior: the highest of many
-    noisy scores belongs to a lucky trial as often as to a good one. Trials that differ in their recovery alone count
-    once, as the recipe if one of them is one: tuned alike at the end they are the same model. One that was stopped
-    early is never a finalist, though its score has its say in the posterior, nor is one that breaks a hard limit of the
-    objective. With several objectives the best are spread along the front, see `tradeoff`.
-
-    Args:
-        records: of the search.
-        wanted: how many, and how they are finished.
-        known: what the search knows of each trial, see `adasearch.search.belief.evidence`.
-        objective: of the study; None has one, and no limits.
-
-    Raises:
-        NoTrialError: no trial was scored in full, or none keeps the limits.
-    """
-    found = {r.number: r for r in records if r.number != DENSE and r.result is not None and not r.result.stopped}
-    if not found:
-        raise NoTrialError("no trial was scored in full: nothing to fine-tune")
-    objective = objective or ObjectiveConfig(search=())
-    kept = {n: r for n, r in found.items() if r.result and objective.admits(r.result.shares)}
-    if not kept:
-        limits = ", ".join(f"{cost} {limit:g}" for cost, limit in objective.at_most.items())
-        raise NoTrialError(f"none of {len(found)} trials keeps objective.at_most ({limits}): nothing to fine-tune")
-    known = known or {}
-    scores = {number: _believed(record, known.get(number)) for number, record in kept.items()}
-    ranked = sorted(kept.values(), key=lambda r: (-scores[r.number], r.number))
-    cuts = distinct_cuts(ranked)
-    chosen = {r.number: (r, "finalist") for r in finished_first(objective, cuts, wanted.top)}
-    recipe = next((r for r in cuts if r.recipe), None)
-    if recipe is not None:
-        chosen.setdefault(recipe.number, (recipe, "recipe"))
-    return [dense_task()] + [
-        FinalTask(
-            name=f"trial{number}",
-            trial=number,
-            role=role,
-            recipe=record.recipe,
-            config=record.config,
-            recovery=wanted.recovery,
-            rules=wanted.training,
-            formats=wanted.formats,
-            command=f"adasearch replay RUN --trial {number}",
-            search=known.get(number),
-        )
-        for number, (record, role) in chosen.items()
-    ]
-
-
-def _believed(record: Record, evidence: Evidence | None) -> float:
-    """Return what the search believes of a trial's score; the score where nothing is known of it."""
-    assert record.result is not None
-    return record.result.score if evidence is None else evidence.believed
 
 
 def run_final(task: FinalTask, bench: Workbench) -> FinalRecord | None:
@@ -206,10 +98,12 @@ def run_final(task: FinalTask, bench: Workbench) -> FinalRecord | None:
         ended=tuned.ended,
         dropped=tuned.dropped,
         epochs=tuned.epochs,
+        made=made_by(task, bench.study),
     )
     if pruned is not None and task.formats:
         clock.enter("export")
-        record = dataclasses.replace(record, export=_export(pruned, task, record, bench))
+        bench.release()  # what training held: the process that opens the export needs room on the same device
+        record = _exported(pruned, task, record, bench)
     clock.enter("done")
     bench.assert_unchanged()
     del model, pruned
@@ -286,8 +180,34 @@ def _perplexity(model: nn.Module, bench: Workbench, outline: Outline) -> dict[st
     return found
 
 
-def _export(pruned: Pruned, task: FinalTask, record: FinalRecord, bench: Workbench) -> str:
-    """Write a model in every format that is asked for, each a folder, and return the first one relative to the run."""
+def _exported(pruned: Pruned, task: FinalTask, record: FinalRecord, bench: Workbench) -> FinalRecord:
+    """Write a model in every format that is asked for, each a folder, and return its record with what came of that.
+
+    A model that was exported before, and perhaps named by its rank, is replaced where it stands.
+
+    Raises:
+        TrialError: no format can hold it.
+    """
+    goods = _goods(pruned, task, record, bench)
+    standing = exports_of(bench.run, record)
+    written: list[str] = []
+    unwritten: dict[str, str] = {}
+    for wanted in task.formats:
+        label = wanted.options.label
+        folder = standing.get(label, bench.run / "export" / export_name(task.name, wanted))
+        try:
+            registry.EXPORT.get(wanted.type).function(goods, folder, wanted.options, overwrite=True)
+            written.append(str(folder.relative_to(bench.run)))
+        except ModelError as error:
+            unwritten[format_label(wanted)] = str(error)
+    if not written:
+        raise TrialError("config", "; ".join(unwritten.values()), "export")
+    formats = tuple(map(format_label, task.formats))
+    return dataclasses.replace(record, export=written[0], formats=formats, unwritten=unwritten)
+
+
+def _goods(pruned: Pruned, task: FinalTask, record: FinalRecord, bench: Workbench) -> Goods:
+    """Return what the exports of a model are made of."""
     study = bench.study
     card = ModelCard(
         model=study.model.name,
@@ -306,7 +226,7 @@ def _export(pruned: Pruned, task: FinalTask, record: FinalRecord, bench: Workben
         versions=versions(),
         command=task.command,
     )
-    goods = Goods(
+    return Goods(
         model=pruned.model,
         base=pruned.base,
         structure=pruned.structure,
@@ -314,16 +234,6 @@ def _export(pruned: Pruned, task: FinalTask, record: FinalRecord, bench: Workben
         card=card,
         beside=pruned.beside or {},
     )
-    folders = [bench.run / "export" / export_name(task.name, wanted) for wanted in task.formats]
-    for wanted, folder in zip(task.formats, folders, strict=True):
-        registry.EXPORT.get(wanted.type).function(goods, folder, wanted.options, overwrite=True)
-    return str(folders[0].relative_to(bench.run))
-
-
-def export_name(name: str, wanted: Component) -> str:
-    """Return what the folder of a model in one format is called: ``trial7``, ``trial7.gguf-q8_0``."""
-    label = wanted.options.label
-    return f"{name}.{label}" if label else name
 
 
 def judge(run: Path, known: Mapping[int, Evidence]) -> None:
@@ -377,7 +287,8 @@ def finalize(study: StudyConfig, run: Path, executor: Executor, display: Display
         display.note(f"finalists are chosen by their observed scores: {obstacle}")
     tasks = finalists(records, study.finalize, known, study.objective)
     seconds = study.limits.trial_seconds * LONGER + (study.finalize.training.seconds or 0.0)
-    failures = finish(tasks, run, executor, display, seconds=seconds)
+    sweep(run / "export")
+    failures = finish(study, tasks, run, executor, display, seconds=seconds)
     judge(run, known)
     ranked = place_exports(run, study.objective.metric)
     pronounce(study, run, ranked)
@@ -406,15 +317,14 @@ def _known(study: StudyConfig, run: Path, records: list[Record]) -> tuple[dict[i
 
 
 def finish(
-    tasks: Iterable[FinalTask], run: Path, executor: Executor, display: Display, *, seconds: float
+    study: StudyConfig, tasks: Iterable[FinalTask], run: Path, executor: Executor, display: Display, *, seconds: float
 ) -> dict[str, Failure]:
-    """Make every model that has no record in `run` yet, each again where its worker was lost.
+    """Make every model that `to_make` names, each again where its worker was lost.
 
     Returns:
         why models could not be made, by name; that is on disk too, and the next call tries them again.
     """
-    known = {record.name for record in read_finals(run)}
-    waiting = {task.name: task for task in tasks if task.name not in known}
+    waiting = to_make(study, tasks, run, display)
     if waiting:
         display.note(f"to make and score on report items: {', '.join(task.title for task in waiting.values())}")
     attempts = dict.fromkeys(waiting, 1)
@@ -439,10 +349,16 @@ def finish(
                 if failure is not None:
                     failures[name] = failure
                     write_failure(run, name, failure)
-                text = f"failed: {failure.kind}: {failure.message}" if failure is not None else "scored"
+                text = f"failed: {failure.kind}: {failure.message}" if failure is not None else _scored(run, name)
                 display.note(f"[{len(waiting) - len(open_tasks)}/{len(waiting)}] {waiting[name].title}: {text}")
                 _show(update, waiting, open_tasks, "")
     return failures
+
+
+def _scored(run: Path, name: str) -> str:
+    """Return what is said of a model that is done: formats that could not be written are named with the reason."""
+    lacking = next((record.unwritten for record in read_finals(run) if record.name == name), {})
+    return "; ".join(["scored", *(f"no export {label}: {reason}" for label, reason in lacking.items())])
 
 
 def _show(update: Update, waiting: Mapping[str, FinalTask], still: set[str], doing: str) -> None:

@@ -45,8 +45,8 @@ def ask(module: str, arguments: list[str], *, env: Mapping[str, str] | None = No
             raise ModelError(f"a fresh process took more than {_SECONDS} seconds") from None
     answers = [line.removeprefix(ANSWER) for line in done.stdout.splitlines() if line.startswith(ANSWER)]
     if not answers:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        raise ModelError(f"a fresh process gave no answer: {last[0]}")
+        said = [f"exit status {done.returncode}", *done.stderr.strip().splitlines()[-1:]]
+        raise ModelError(f"a fresh process gave no answer: {': '.join(said)}")
     answer = json.loads(answers[-1])
     if isinstance(answer, dict) and set(answer) == {"error"}:
         raise ModelError(answer["error"])

@@ -9,6 +9,7 @@ checksum counts as absent.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import io
@@ -100,8 +101,8 @@ class Speed:
     Args:
         format: label of the export, ``hf`` where it has none.
         file_bytes: of its weights.
-        dense_file_bytes: of those of the dense model, in the number format of the search; beside a GGUF file that was
-            timed, in that of the file.
+        dense_file_bytes: of those of the dense model in the number format of the export; 0 beside a GGUF file that was
+            not timed.
         prefill: reading a prompt of `prompt` tokens; None for a GGUF file where llama.cpp is not installed.
         decode: writing `written` tokens after it, with the key-value cache; None likewise.
         peak_bytes: greatest memory of a process that opens it, reads and writes; on a GPU of its tensors there.
@@ -161,6 +162,10 @@ class FinalRecord:
         ended: why its recovery ended before all of its tokens were seen, empty where it did not.
         dropped: documents left out of what it was tuned on because a report item stands in them.
         epochs: how often its recovery went through its text, of a mixture the corpus that was read most often.
+        made: fingerprints of what it was made and scored by, by the section of the study that says so; one that has
+            none for a section, such as a record of an older version, counts as made by what the study says.
+        formats: labels of the formats that it was to be exported in, ``hf`` where one has none.
+        unwritten: why there is no export in a format, by its label.
     """
 
     name: str
@@ -184,6 +189,9 @@ class FinalRecord:
     ended: str = ""
     dropped: int = 0
     epochs: float = 0.0
+    made: dict[str, str] = dataclasses.field(default_factory=dict)
+    formats: tuple[str, ...] = ()
+    unwritten: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def training(self) -> tuple[str, ...]:
@@ -332,6 +340,15 @@ def read_finals(run: Path) -> list[FinalRecord]:
     paths = sorted((run / "final").glob("*.json"))
     found = (_parsed(FinalRecord, _read_checked(path), path) for path in paths)
     return [record for record in found if record is not None]
+
+
+def set_aside(run: Path, name: str) -> None:
+    """Take the record of a model away, so that it is made again; it is kept as ``final/<name>/earlier.json``."""
+    record = run / "final" / f"{name}.json"
+    earlier = run / "final" / name / "earlier.json"
+    with storage_errors(record):
+        earlier.parent.mkdir(exist_ok=True)
+        record.replace(earlier)
 
 
 def write_failure(run: Path, name: str, failure: Failure) -> None:

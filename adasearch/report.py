@@ -267,8 +267,8 @@ def _cost_cells(result: TrialResult | None) -> dict[str, float]:
 
 
 def _speed_cells(final: FinalRecord) -> dict[str, float]:
-    """Return what the first export of a model takes; {} where it was not measured."""
-    found = next(iter(final.speeds), None)
+    """Return what an export of a model takes, the first one that was timed; {} where none was measured."""
+    found = next((speed for speed in final.speeds if speed.prefill), next(iter(final.speeds), None))
     if found is None:
         return {}
     cells = {"file_bytes": float(found.file_bytes)}

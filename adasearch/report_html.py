@@ -147,7 +147,9 @@ def _finalists(f: Findings) -> str:
         cells = [rank_cell, _name(final), *_evidence(final.search), _three(select), _three(final.merit)]
         cells += [_three(fresh), points(score, stderr)]
         cells += [percent(score / whole if whole else math.nan), short_count(final.parameters)]
-        cells += [percent(final.removed), duration(sum(final.seconds.values())), escape(final.export or "–")]
+        lacking = (f"no {label}: {reason}" for label, reason in final.unwritten.items())
+        export = "; ".join([final.export or "–", *lacking])
+        cells += [percent(final.removed), duration(sum(final.seconds.values())), escape(export)]
         rows.append(("strong" if rank == 1 else "", cells))
     head = ["rank", "<model", "search score", "posterior mean", f"select {metric}", "merit"]
     head += [f"report {metric}", "report score", "retained", "parameters", "removed", "time", "<export"]

@@ -294,7 +294,7 @@ def status(run: Path) -> Iterator[str]:
     for number in sorted(failed):
         last = [r.failure for r in records if r.number == number and r.failure][-1]
         yield f"trial {number} failed: {last.kind}: {last.message}"
-    for folder in sorted((run / "export").glob("*")):
+    for folder in sorted((run / "export").glob("[!.]*")):
         yield f"exported: {folder}"
 
 

@@ -17,7 +17,8 @@ from adasearch.display import STAGE_SECONDS
 from adasearch.documents import Count, Fraction, Index, parse, value
 from adasearch.environment import usable_cores
 from adasearch.errors import ConfigError, NoTrialError, StorageError, TrialError
-from adasearch.finalize import FinalTask, dense_task, run_final
+from adasearch.finalists import FinalTask, dense_task
+from adasearch.finalize import run_final
 from adasearch.library import load_recipe
 from adasearch.records import FinalRecord
 from adasearch.registry import RECOVERY

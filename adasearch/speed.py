@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from adasearch import costs, fresh, llama_cpp, loading, models
+from adasearch import checkpoints, costs, fresh, llama_cpp, loading, models
 from adasearch.config import StudyConfig
 from adasearch.documents import parse, plain, value
 from adasearch.environment import peak_memory, usable_cores
@@ -224,8 +224,8 @@ class Scale:
 
     def __init__(self, study: StudyConfig, run: Path) -> None:
         self._device = "cpu" if study.cluster.gpus_per_worker == 0 else models.pick_device().type
-        dtype = models.pick_dtype(study.model.dtype, self._device)
-        self._dense = models.fetch_weights(models.resolve(study.model), cache_folder(run) / "models", dtype)
+        self._source = models.resolve(study.model)
+        self._dtype = models.pick_dtype(study.model.dtype, self._device)
         self._run = run
         for left in run.glob(f"{_ROOM}*"):  # by a driver that was killed; only one works on a run
             shutil.rmtree(left, ignore_errors=True)
@@ -239,18 +239,25 @@ class Scale:
             ModelError: it cannot be opened, or there is not memory or disk enough for both models.
         """
         told = marker(folder)
-        sizes = Speed(
-            format=label or "hf", file_bytes=_weights_size(folder), dense_file_bytes=_weights_size(self._dense)
-        )
+        dtype = str(told["dtype"])
+        sizes = Speed(format=label or "hf", file_bytes=_weights_size(folder), dense_file_bytes=0, dtype=dtype)
         if told.get("layout") != "gguf":
-            return self._timed(sizes, self._request(folder, self._dense, "torch", self._device))
+            # that of the export: the machine of the workers may have had another one to offer
+            dense = self._dense(getattr(torch, dtype))
+            sizes = dataclasses.replace(
+                sizes, dense_file_bytes=sum(Path(s.path).stat().st_size for s in checkpoints.check_folder(dense))
+            )
+            return self._timed(sizes, self._request(folder, dense, "torch", self._device))
         if not llama_cpp.installed():
             return sizes
         # beside the run: the system's folder for temporary files may be small
         with tempfile.TemporaryDirectory(prefix=_ROOM, dir=self._run) as room:
-            _write_dense(self._dense, Path(room), str(told["dtype"]))
-            sizes = dataclasses.replace(sizes, dense_file_bytes=_weights_size(Path(room)), dtype=str(told["dtype"]))
+            _write_dense(self._dense(self._dtype), Path(room), dtype)
+            sizes = dataclasses.replace(sizes, dense_file_bytes=_weights_size(Path(room)))
             return self._timed(sizes, self._request(folder, Path(room), "llama_cpp", "cpu"))
+
+    def _dense(self, dtype: torch.dtype) -> Path:
+        return models.fetch_weights(self._source, cache_folder(self._run) / "models", dtype)
 
     def _timed(self, sizes: Speed, asked: Request) -> Speed:
         key = f"{asked.reader} {sizes.dtype}"

@@ -17,7 +17,7 @@ from adasearch.display import duration
 from adasearch.search.executor import Executor, Outcome
 
 if TYPE_CHECKING:
-    from adasearch.finalize import FinalTask
+    from adasearch.finalists import FinalTask
 
 PERIOD = 1.0
 """Seconds between two looks at what the workers say of themselves."""

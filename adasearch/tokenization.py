@@ -8,12 +8,15 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adasearch.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from adasearch.checkpoints import ModelSource
 
 # What a tokenizer was made from, and would be made from again in place of its tokenizer.json.
 _SOURCES = (
@@ -26,6 +29,23 @@ _SOURCES = (
     "added_tokens_decoder",
 )
 _LISTS = frozenset({"suppress_tokens", "begin_suppress_tokens", "bad_words_ids"})
+
+
+def read_tokenizer(source: ModelSource) -> Any:
+    """Return the tokenizer of a model that is not fetched yet.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(source.path)
+    place = {"hub": source.name, "gguf": str(path.parent)}.get(source.kind, source.path)
+    told = {"gguf_file": path.name} if source.kind == "gguf" else {"revision": source.revision}
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **told)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the tokenizer of {source.name!r} cannot be read: {error}") from error
 
 
 def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

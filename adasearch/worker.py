@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from adasearch import models
 from adasearch.config import StudyConfig
 from adasearch.environment import machine
-from adasearch.finalize import FinalTask, run_final
+from adasearch.finalists import FinalTask
+from adasearch.finalize import run_final
 from adasearch.racing import Race
 from adasearch.records import Record, read_items, state_writer, write_items, write_record
 from adasearch.search.driver import Assignment

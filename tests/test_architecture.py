@@ -40,6 +40,7 @@ FLOORS = [
     [
         "worker",
         "winner",
+        "finalists",
         "finalize",
         "comparison",
         "comparison_html",
@@ -69,7 +70,7 @@ ROOMS = {
 }
 # The modules that may import a heavy dependency.
 DOORS = {
-    "transformers": ("models", "modeling_adasearch", "tuning.export", "loading"),
+    "transformers": ("models", "modeling_adasearch", "tokenization", "tuning.export", "loading"),
     "huggingface_hub": ("models", "modeling_adasearch", "data", "tuning.export"),
     "safetensors": (
         "models",

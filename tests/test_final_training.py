@@ -21,7 +21,8 @@ from adasearch.conduct import CHECKPOINT
 from adasearch.config import TrialConfig, component, load_study, study_from_dict
 from adasearch.describe import describe_study
 from adasearch.errors import ConfigError, TrialError
-from adasearch.finalize import FinalTask, finish, run_final
+from adasearch.finalists import FinalTask
+from adasearch.finalize import finish, run_final
 from adasearch.records import Failure, read_finals, state_writer
 from adasearch.registry import RECOVERY
 from adasearch.search.executor import Outcome
@@ -328,7 +329,7 @@ class TestProgress:
         monkeypatch.setattr(records.time, "time", lambda: writes() * 1000)  # so that every step is written
         shown = Shown()
         executor = InProcessExecutor(lambda: lambda task: run_final(task, bench))
-        failures = finish([task_of("shown", tokens=2048)], bench.run, executor, shown, seconds=60.0)
+        failures = finish(bench.study, [task_of("shown", tokens=2048)], bench.run, executor, shown, seconds=60.0)
         assert failures == {}
         assert any("tokens/s, about" in line and "shown: recover" in line for line in shown.lines)
         assert shown.lines[-1] == "models 1/1 "
@@ -404,7 +405,10 @@ class TestOnRay:
         factory = functools.partial(open_worker, study, str(tmp_path), 1)
         shown = Shown()
         with RayExecutor(factory, workers=2, threads=1) as executor:
-            assert finish([task_of("team", TrainingRules(processes=2))], tmp_path, executor, shown, seconds=300.0) == {}
+            assert (
+                finish(study, [task_of("team", TrainingRules(processes=2))], tmp_path, executor, shown, seconds=300.0)
+                == {}
+            )
         (record,) = read_finals(tmp_path)
         alone = run_final(task_of("alone"), bench_of(tiny_checkpoint, tmp_path))
         assert record.name == "team"

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from adasearch import data, loading, outlining, trainings
 from adasearch.config import TrialConfig, export_formats, study_from_dict
-from adasearch.finalize import FinalTask, _perplexity, run_final
+from adasearch.finalists import FinalTask
+from adasearch.finalize import _perplexity, run_final
 from adasearch.pruning.structure import WHOLE, Outline, count_outlined
 from adasearch.trial import Clock, prune, run_trial
 from adasearch.workbench import Workbench

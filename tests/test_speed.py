@@ -27,7 +27,7 @@ RATE = Rate(own=30.0, dense=20.0, gain=1.5, spread=0.1)
 FOUND = Speed(format="hf", file_bytes=2**20, dense_file_bytes=2**21, prefill=RATE, decode=RATE, peak_bytes=3 * 2**20,
               dense_peak_bytes=4 * 2**20, bare_bytes=2**20, device="cpu", dtype="float32", threads=2, prompt=128,
               written=16)  # fmt: skip
-FILES = Speed(format="gguf-f16", file_bytes=2**20, dense_file_bytes=2**21)
+FILES = Speed(format="gguf-f16", file_bytes=2**20, dense_file_bytes=0, dtype="f16")
 
 
 def final_of(name="trial3", **changes):
@@ -159,8 +159,23 @@ def test_a_gguf_file_has_its_size_alone_without_llama_cpp(tmp_path, monkeypatch)
     (tmp_path / "dense").mkdir()
     found = scale_of(tmp_path, monkeypatch, installed=False).speed(tmp_path / "out", "gguf-f16")
     assert found.file_bytes == (tmp_path / "out" / loading.GGUF).stat().st_size
-    assert (found.prefill, found.decode, found.peak_bytes) == (None, None, 0)
-    assert "pip install xllamacpp" in "\n".join(_card.speed_lines(found))
+    assert (found.prefill, found.decode, found.peak_bytes, found.dense_file_bytes) == (None, None, 0, 0)
+    card = "\n".join(_card.speed_lines(found))
+    assert "pip install xllamacpp" in card
+    assert "×" not in card, "what another number format saves is no gain of pruning"
+
+
+def test_the_dense_model_is_timed_in_the_number_format_of_the_export(run, monkeypatch):
+    scale = scale_of(run, monkeypatch, installed=False)
+    told = run / "export" / "trial3" / "adasearch.json"
+    told.write_text(told.read_text().replace('"float32"', '"bfloat16"'))
+    asked, answer = [], speed.Answer(bare_bytes=1, peak_bytes=5, prefill=RATE, decode=RATE)
+    monkeypatch.setattr(models, "fetch_weights", lambda _source, _cache, dtype: asked.append(dtype) or run / "dense")
+    monkeypatch.setattr(speed, "_ask", lambda _: answer)
+    (run / "dense" / "consolidated.safetensors").write_bytes(b"another copy of all weights")
+    found = scale.speed(run / "export" / "trial3", "")
+    assert asked == [torch.bfloat16]
+    assert found.dense_file_bytes == (run / "dense" / "model.safetensors").stat().st_size
 
 
 def test_a_disk_without_room_for_the_dense_file_is_said(tmp_path, monkeypatch):

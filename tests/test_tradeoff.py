@@ -7,7 +7,7 @@ import pytest
 from adasearch import report, report_front, report_html
 from adasearch.config import Component, FinalizeConfig, TrialResult
 from adasearch.errors import NoTrialError
-from adasearch.finalize import finalists
+from adasearch.finalists import finalists
 from adasearch.records import Record, write_record
 from adasearch.registry import NoOptions
 from adasearch.sections import ObjectiveConfig

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from adasearch import finalize
 from adasearch.config import Component, FinalizeConfig, TrialResult
 from adasearch.errors import NoTrialError
-from adasearch.finalize import finalists, judge
+from adasearch.finalists import finalists
+from adasearch.finalize import judge
 from adasearch.pruning.structure import WHOLE
 from adasearch.records import DENSE, Evidence, FinalRecord, Record, ranked_finals, read_finals, write_final, write_items
 from adasearch.registry import NoOptions

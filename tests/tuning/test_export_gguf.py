@@ -176,6 +176,14 @@ def test_absent_sublayers(family: str, outline: str, tmp_path: Path) -> None:
     assert torch.allclose(logits(loading.load(tmp_path / "out")), logits(model), atol=1e-4)
 
 
+def test_a_model_without_a_window_is_read_without_one(tmp_path: Path) -> None:
+    """Transformers' Mistral has one of 4096 tokens where nothing is said of it."""
+    sizes = {"sliding_window": None, "max_position_embeddings": 8192}
+    case = make_case("mistral", tmp_path, UNEVEN, vocab_size=BYTES, **sizes)
+    case.export(tmp_path / "out", f32(), name="gguf")
+    assert loading.load(tmp_path / "out").config.sliding_window is None
+
+
 def test_a_window_bounds_the_context(tmp_path: Path) -> None:
     case = make_case("mistral", tmp_path, UNEVEN, vocab_size=BYTES, sliding_window=48, max_position_embeddings=512)
     case.export(tmp_path / "out", f32(), name="gguf")

@@ -7,7 +7,9 @@ Signature of an entry::
 It writes beside the folder, opens what it wrote, compares it with the model, and only then gives it its name (see
 `_folder.publish`); `overwrite` lets it replace an earlier export. Its options have a `label`, which tells the folders
 of several formats of one model apart. It is registered with the fact `open`: a function (folder, device) -> model that
-reads the export back, for `adasearch verify` and `adasearch.load`.
+reads the export back, for `adasearch verify` and `adasearch.load`; and, where not every model can be written so, with
+the fact `check`: a function (config, tokenizer) of the dense model that raises `ModelError` for one that cannot,
+whatever is cut.
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from adasearch.documents import value
 from adasearch.errors import ConfigError, ModelError
+from adasearch.models import read_config
 from adasearch.records import FinalRecord
-from adasearch.registry import RECOVERY
+from adasearch.registry import EXPORT, RECOVERY
+from adasearch.tokenization import read_tokenizer
 
 if TYPE_CHECKING:
+    from adasearch.checkpoints import ModelSource
     from adasearch.config import Component
     from adasearch.models import BaseModel
     from adasearch.pruning.plan import PruningPlan
@@ -109,6 +114,23 @@ def check(formats: Iterable[Component], recovery: Component, where: str) -> None
     if wants_adapters(formats) and not RECOVERY.get(recovery.type).facts.get("adapters"):
         known = ", ".join(name for name in RECOVERY.names() if RECOVERY.get(name).facts.get("adapters"))
         raise ConfigError(where, f"adapters: beside needs a recovery with adapters ({known}), given {recovery.type}")
+
+
+def check_model(formats: Iterable[Component], source: ModelSource, where: str) -> None:
+    """Return when formats can hold the dense model of `source`, as far as config and tokenizer tell.
+
+    Raises:
+        ConfigError: one cannot, and the reason.
+    """
+    checks = {wanted.type: EXPORT.get(wanted.type).facts.get("check") for wanted in formats}
+    if not any(checks.values()):
+        return
+    config, tokenizer = read_config(source), read_tokenizer(source)
+    for refuse in filter(None, checks.values()):
+        try:
+            refuse(config, tokenizer)
+        except ModelError as error:
+            raise ConfigError(where, str(error)) from error
 
 
 @value

@@ -147,8 +147,8 @@ def speed_lines(speed: Speed) -> list[str]:
     rows = [_bytes_row("weight files", speed.file_bytes, speed.dense_file_bytes)]
     if speed.prefill is None or speed.decode is None:
         note = (
-            "Not timed: llama.cpp was not installed (`pip install xllamacpp`); `llama-bench -m model.gguf` does it on "
-            "your machine."
+            f"Not timed, and not compared with the dense model in {speed.dtype or 'the same number format'}: llama.cpp "
+            "was not installed (`pip install xllamacpp`); `llama-bench -m model.gguf` does it on your machine."
         )
         return [SPEED, "", *head, *rows, "", note, ""]
     rows.append(_bytes_row("peak memory", speed.peak_bytes, speed.dense_peak_bytes))
@@ -166,8 +166,8 @@ def speed_lines(speed: Speed) -> list[str]:
 
 
 def _bytes_row(name: str, own: int, dense: int) -> str:
-    share = f"× {own / dense:.2f}" if dense else ""
-    return f"| {name}, MiB | {own / 2**20:.1f} | {dense / 2**20:.1f} | {share} |"
+    beside = [f"{dense / 2**20:.1f}", f"× {own / dense:.2f}"] if dense else ["", ""]
+    return f"| {name}, MiB | {own / 2**20:.1f} | {' | '.join(beside)} |"
 
 
 def with_section(text: str, section: Sequence[str]) -> str:

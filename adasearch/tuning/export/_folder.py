@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -158,8 +159,24 @@ def _verified(draft: Path, logits: Any, device: str) -> VerifyReport:
         return verify(draft, reference=reference, device=device)
 
 
+_ASIDE = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(old|tmp)")
+
+
+def sweep(parent: Path) -> None:
+    """Put in order what a killed process left among exports: drafts go, an export that had stepped aside comes back.
+
+    To be called while no other process works there.
+    """
+    for left in parent.glob(".*") if parent.is_dir() else ():
+        match = _ASIDE.fullmatch(left.name)
+        if match and match[2] == "old" and not left.with_name(match[1]).exists():
+            left.rename(left.with_name(match[1]))
+        elif match:
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _place(draft: Path, folder: Path) -> None:
-    """Give the draft its name; an earlier export steps aside first and goes when the new one stands."""
+    """Give the draft its name; an earlier export steps aside first and goes when the new one stands, see `sweep`."""
     aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
     if folder.exists():
         folder.rename(aside)
@@ -179,8 +196,8 @@ def _linked(source: str, target: str) -> str:
 def amend_card(folder: Path, section: Sequence[str]) -> None:
     """Put a section into the card of an export that stands already, see `_card.with_section`.
 
-    A folder of the same files, but for the card and its checksum, takes its place in one step; none does where the card
-    says so already.
+    A folder of the same files, but for the card and its checksum, takes its place; none does where the card says so
+    already.
 
     Raises:
         StorageError: the disk is full or the folder is not writable.

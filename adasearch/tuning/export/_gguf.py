@@ -240,6 +240,7 @@ def _read_config(fields: dict[str, Any], names: set[str], vocabulary: int) -> di
         "head_dim": field("attention.key_length"),
         "rms_norm_eps": field("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": field("context_length"),
+        "sliding_window": None,  # the context ends where a window would begin to matter
         "rope_parameters": {"rope_type": "default", "rope_theta": field("rope.freq_base")},
         "tie_word_embeddings": "output.weight" not in names,
         "extra_biases": [f"model.layers.{m[1]}.{turned[m[2]]}" for m in biases],

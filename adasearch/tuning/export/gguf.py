@@ -95,6 +95,30 @@ def rounded(model: nn.Module, dtype: str) -> nn.Module:
     return copied
 
 
+def _unknown_rope(kind: str) -> ModelError:
+    return ModelError(
+        f"gguf: rotary positions must be default (or llama3 in Llama's graphs), given {kind}; use another format"
+    )
+
+
+def _rope_kind(config: Any) -> str:
+    """Return how the positions of a model rotate: ``default`` or ``llama3``; others are refused."""
+    kind = str(config.rope_parameters.get("rope_type", "default"))
+    if kind not in {"default", "llama3"}:
+        raise _unknown_rope(kind)
+    return kind
+
+
+def check(config: Any, tokenizer: Any) -> None:
+    """Return when llama.cpp knows the tokenizer and the positions of a dense model.
+
+    Raises:
+        ModelError: it does not.
+    """
+    _rope_kind(config)
+    gguf_tokenizer(tokenizer, config.vocab_size)
+
+
 def _rope_fields(config: Any, writer: Any, layout: Layout) -> dict[str, Tensor]:
     """Write how positions rotate, and return the tensors that llama.cpp wants for it.
 
@@ -103,16 +127,13 @@ def _rope_fields(config: Any, writer: Any, layout: Layout) -> dict[str, Tensor]:
     """
     import torch
 
-    told, head_dim = dict(config.rope_parameters), layout.head_dim
-    kind = told.get("rope_type", "default")
+    told, head_dim, kind = dict(config.rope_parameters), layout.head_dim, _rope_kind(config)
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(float(told["rope_theta"]))
     if kind == "default":
         return {}
-    if kind != "llama3" or layout.graph not in NEIGHBOURS:
-        raise ModelError(
-            f"gguf: rotary positions must be default (or llama3 in Llama's graphs), given {kind}; use another format"
-        )
+    if layout.graph not in NEIGHBOURS:
+        raise _unknown_rope(kind)
     # Llama 3.1's stretch of slow frequencies, as transformers computes it: what each is divided by.
     wavelengths = 2 * math.pi * float(told["rope_theta"]) ** (torch.arange(0, head_dim, 2).float() / head_dim)
     low, high, factor = (float(told[x]) for x in ("low_freq_factor", "high_freq_factor", "factor"))
@@ -240,7 +261,7 @@ def _notes(goods: Goods, layout: Layout, moved: float, padding: int, options: Gg
     return tuple(notes)
 
 
-@EXPORT.register(options=GgufOptions, open=open_model)
+@EXPORT.register(options=GgufOptions, open=open_model, check=check)
 def export(goods: Goods, folder: Path, options: GgufOptions, *, overwrite: bool = False) -> ExportReport:
     """Write a pruned model as a GGUF file.
 
