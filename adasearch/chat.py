@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 FORMS = "instruction + output, messages, conversations, or prompt + completion"
 """Columns that make a row a conversation, for messages."""
 ANSWERER = "assistant"
+_DATE = "26 Jul 2024"
+"""What templates that state a date are told (Llama 3's own where it has no clock): a text is the same on every day."""
 _ROLES = {"human": "user", "gpt": ANSWERER}  # as ShareGPT calls them
 
 
@@ -111,7 +113,10 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], name: str
     def text(count: int, *, opened: bool = False) -> str:
         if not count:
             return ""
-        return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=opened))
+        written = tokenizer.apply_chat_template(
+            messages[:count], tokenize=False, add_generation_prompt=opened, date_string=_DATE
+        )
+        return str(written)
 
     done, pieces = "", list[tuple[str, bool]]()
     try:

@@ -223,11 +223,22 @@ def _trials(study: StudyConfig, space: Space, section: str) -> list[tuple[str, T
     return named + [(join("space", path), corner) for path, corner in corners]
 
 
+def _models_to_write(study: StudyConfig, out: Path) -> int:
+    """Return how many times all weights are still to be written: the base, exports, a checkpoint of a full training.
+
+    That holds weights and two moments in 32 bits. Exports that stand count no more.
+    """
+    recovery = study.finalize.recovery
+    whole = hasattr(recovery.options, "batch") and training_of(recovery, study.finalize.training).rank == 0
+    exports = study.finalize.top * len(study.finalize.formats) - len(list((out / "export").glob("[!.]*")))
+    return 1 + max(0, exports) + (3 if whole else 0)
+
+
 def _check_disk(folder: Path, parameters: int, models_kept: int) -> None:
-    """Check that the disk has room for the weights, the statistics and the exports."""
+    """Check that the disk has room for what is to be written, `models_kept` times the parameters of the dense model."""
     while not folder.exists():
         folder = folder.parent
-    need = _FREE_BYTES + parameters * _BYTES_PER_PARAMETER * (1 + models_kept)
+    need = _FREE_BYTES + parameters * _BYTES_PER_PARAMETER * models_kept
     free = shutil.disk_usage(folder).free
     if free < need:
         raise StorageError(
@@ -285,7 +296,7 @@ def check_study(study: StudyConfig, where: str, out: Path | None = None) -> Chec
     _check_trainings(study, space, shape, where)
     check_model(study.finalize.formats, source, join(where, "finalize.formats"))
     if out is not None:
-        _check_disk(out, structure.parameters, study.finalize.top + 1)
+        _check_disk(out, structure.parameters, _models_to_write(study, out))
     items = {role: _items(study, role, where) for role in ("search", "select", "report")}
     _check_text(study, source, items["report"], where)
     checked = Checked(

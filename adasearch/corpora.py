@@ -146,11 +146,18 @@ def corpus_version(spec: str, data_root: str | None = None) -> str:
 def _mirror_splits(folder: Path) -> dict[str, list[str]]:
     """Return the splits of every config that the header of a mirror's README names, empty where it has none."""
     path = folder / "README.md"
-    pieces = path.read_text(encoding="utf-8").split("---\n") if path.is_file() else []
-    header = yaml.safe_load(pieces[1]) if len(pieces) > 2 else {}
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    pieces = text.split("---\n") if text.startswith("---\n") else []
+    try:
+        header = yaml.safe_load(pieces[1]) if len(pieces) > 2 else {}
+    except yaml.YAMLError:
+        return {}  # what cannot be read says nothing; `datasets` has the last word
     configs = header.get("configs", []) if isinstance(header, dict) else []
-    return {c["config_name"]: [f["split"] for f in c["data_files"] if isinstance(f, dict)] for c in configs
-            if isinstance(c.get("data_files"), list)}  # fmt: skip
+    return {
+        c.get("config_name", "default"): [f.get("split", "train") for f in c["data_files"] if isinstance(f, dict)]
+        for c in configs
+        if isinstance(c.get("data_files"), list)
+    }
 
 
 def check_corpus(spec: str, data_root: str | None = None, where: str = "corpus") -> None:

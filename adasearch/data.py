@@ -62,12 +62,23 @@ def _row_text(row: Mapping[str, Any], name: str) -> str:
     for column in _COLUMNS:
         if isinstance(row.get(column), str):
             return str(row[column])
+    if any(row.get(column, ...) is None for column in _COLUMNS):
+        return ""
     known = ", ".join((chat.FORMS, *_COLUMNS))
     raise DataError(f"corpus {name!r}: rows must have one of the columns {known}; they have {', '.join(row)}")
 
 
+def _loaded(load: Callable[..., Any], path: str, *given: Any, **options: Any) -> Any:
+    """Return what `datasets` loads; an empty file makes it run off the end of its own reader."""
+    try:
+        return load(path, *given, **options)
+    except StopIteration as error:
+        raise ValueError("it holds no rows") from error
+
+
 def _dataset_rows(corpus: Corpus) -> Iterator[Mapping[str, Any]]:
     import datasets  # here, not above: it costs a second that checking a study need not pay
+    from datasets.exceptions import DatasetsError
 
     path, files = (corpus.folder or corpus.name), None
     if corpus.kind == "file":
@@ -75,12 +86,12 @@ def _dataset_rows(corpus: Corpus) -> Iterator[Mapping[str, Any]]:
     # Streaming reads only what is taken; offline, the hub's cache holds whole datasets and cannot be streamed.
     streaming = bool(corpus.folder or files or not datasets.config.HF_HUB_OFFLINE)
     try:
-        splits = datasets.load_dataset(path, corpus.config, data_files=files, streaming=streaming)
+        splits = _loaded(datasets.load_dataset, path, corpus.config, data_files=files, streaming=streaming)
         split = corpus.split or next(s for s in ("train", "validation", *splits) if s in splits)
         if split not in splits:
             raise DataError(f"corpus {corpus.name!r} has no split {split!r}; {nearest(split, map(str, splits))}")
         yield from splits[split]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         problem = " ".join(str(error).split())[:300]
         raise DataError(f"corpus {corpus.name!r} cannot be read from {path}: {problem}") from error
 
@@ -287,9 +298,11 @@ def token_matrix(
     return torch.tensor(windows, dtype=torch.long)
 
 
-def first_tokens(tokenizer: Any, corpus: str, tokens: int, data_root: str | None, part: str = "fit") -> torch.Tensor:
+def first_tokens(
+    tokenizer: Any, corpus: str, tokens: int, data_root: str | None, part: str = "fit", guard: Guard | None = None
+) -> torch.Tensor:
     """Return the tokens of the first documents of a corpus, at most `tokens` and each document once (T, int64)."""
-    texts, found = Texts(tokenizer, corpus, part, data_root), list[int]()
+    texts, found = Texts(tokenizer, corpus, part, data_root, guard=guard), list[int]()
     for index in range(len(texts)):
         found += texts[index].ids
         if len(found) >= tokens:

@@ -55,7 +55,12 @@ class Training:
 
 @value
 class Footprint:
-    """Bytes by what they are for; `work` is what exists only for a moment."""
+    """Bytes by what they are for.
+
+    Args:
+        work: what exists only for a moment.
+        best: the best weights so far where some text is held out; in the memory of the host, whatever trains.
+    """
 
     weights: Index
     masters: Index
@@ -64,10 +69,11 @@ class Footprint:
     activations: Index
     work: Index
     teacher: Index = 0
+    best: Index = 0
 
     @property
     def total(self) -> int:
-        """Return the sum."""
+        """Return the sum of what lies where the model is trained."""
         parts = (self.weights, self.masters, self.gradients, self.states, self.activations, self.work, self.teacher)
         return sum(parts)
 
@@ -101,6 +107,7 @@ def footprint(shape: ModelShape, weight_bytes: int, training: Training) -> Footp
         activations=_activations(shape, training, size),
         work=_work(shape, training.tokens, size, head=head) + (4 * _UPDATE_COPIES * largest if eight else 0),
         teacher=parameters * weight_bytes if training.taught else 0,
+        best=4 * trained if rules.validation else 0,
     )
 
 

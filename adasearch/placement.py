@@ -154,10 +154,11 @@ def trial_need(shape: ModelShape, weight_bytes: int, step_tokens: int, *, gpu: b
 def final_need(shape: ModelShape, weight_bytes: int, training: Training, *, gpu: bool) -> Need:
     """Return what a worker needs to train a model at the end of a run: see `trial_need` and `footprint`."""
     trial = trial_need(shape, weight_bytes, training.tokens, gpu=gpu)
-    whole = footprint(shape, weight_bytes, training).total
+    found = footprint(shape, weight_bytes, training)
     if gpu:
-        return dataclasses.replace(trial, gpu=max(trial.gpu, _CUDA_CONTEXT + whole))
-    return dataclasses.replace(trial, memory=max(trial.memory, _HEAP + whole))
+        memory = trial.memory + found.best
+        return dataclasses.replace(trial, memory=memory, gpu=max(trial.gpu, _CUDA_CONTEXT + found.total))
+    return dataclasses.replace(trial, memory=max(trial.memory, _HEAP + found.total + found.best))
 
 
 def _step_bytes(shape: ModelShape, weight_bytes: int, tokens: int) -> int:

@@ -9,6 +9,7 @@ Shape letters: N tokens of the text, T tokens of a sequence.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -166,6 +167,16 @@ def training_text(
     total = sum(source.read for source in sources)
     shares = tuple(source.read / total for source in sources) if len(sources) > 1 else ()
     return TrainingText(tokens=tokens, marks=marks, epochs=max(source.passes for source in sources), shares=shares)
+
+
+def one_pass(text: TrainingText, length: int) -> TrainingText:
+    """Return the beginning of a text before its documents come again, in whole sequences, one at least.
+
+    Packed documents wait for room, so that a few may come again before the last was there.
+    """
+    kept = max(length, int(len(text.tokens) / max(1.0, text.epochs)) // length * length)
+    marks = text.marks and Marks(segments=text.marks.segments[:kept], counted=text.marks.counted[:kept])
+    return dataclasses.replace(text, tokens=text.tokens[:kept], marks=marks, epochs=min(1.0, text.epochs))
 
 
 def _check_enough(sources: list[_Source], reading: Reading) -> None:

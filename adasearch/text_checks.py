@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 def corpora_of(study: StudyConfig) -> dict[str, str]:
     """Return every corpus that trials of a study read, and the key that names it.
 
-    Trials read the corpus they are calibrated on, and those that a setting called ``corpus`` names of any component:
-    what a recovery trains on, or another sample that a criterion looks at. Of a mixture that is each of its parts.
+    Trials read the corpus they are calibrated on, and those that a setting ``corpus`` or ``corpora`` of any component
+    names: what a recovery trains on, another sample that a criterion looks at, or what tells the tokens that are used.
+    Of a mixture that is each of its parts.
     """
     trial = TrialConfig.from_dict(study.trial, "trial")
     searched = "calibration.corpus" in study.space.dimensions
@@ -59,6 +60,8 @@ def named_in(part: Component, where: str) -> list[tuple[str, str]]:
             found += [(each.corpus, join(key, "mix", index, "corpus")) for index, each in enumerate(item.mix)]
         elif field.name == "corpus" and item:
             found.append((item, key))
+        elif field.name == "corpora":
+            found += [(each, join(key, index)) for index, each in enumerate(item)]
     return found
 
 

@@ -98,13 +98,16 @@ def given(
         tell=lambda progress: clock.enter(phase, progress.step / progress.steps, progress),
         teacher=bench.origin.dense(Outline(tokens=outline.tokens)) if taught else None,
         marks=text.marks,
-        notice=notice_of(text),
+        notice=notice_of(text, validation),
     )
     return text, context
 
 
-def notice_of(text: TrainingText) -> str:
+def notice_of(text: TrainingText, validation: ValidationConfig | None = None) -> str:
     """Return what a user should know of the text of a training before it has run, empty for nothing."""
+    if validation is not None and text.held is not None and len(text.held.tokens) < validation.tokens / 2:
+        asked = f"where {validation.tokens:,} are asked for: name a larger corpus or hold out a greater share"
+        return f"the text held out has {len(text.held.tokens):,} tokens {asked}"
     if text.epochs <= REPEATS or text.held is not None:
         return ""
     return f"its text is gone through {text.epochs:.1f} times and none is held out: it may be learnt by heart"

@@ -180,6 +180,8 @@ class Workbench:
     def corpus(self, spec: str) -> str:
         """Return the spec of a corpus that can be read: text of the dense model itself is made, once for all workers.
 
+        That is the model which the study names, also where this is a workbench of other weights.
+
         Raises:
             ConfigError: the model cannot make it.
         """
@@ -188,11 +190,12 @@ class Workbench:
             return spec
 
         def made() -> list[str]:
-            texts = generation.documents(self.dense(), self.base.tokenizer, sampling)
+            texts = generation.documents(origin.dense(), origin.base.tokenizer, sampling)
             self.release()
             return texts
 
-        return str(generation.obtain(self.cache / "generated", self.model_key, sampling, made))
+        origin = self.origin
+        return str(generation.obtain(self.cache / "generated", origin.model_key, sampling, made))
 
     def guard(self) -> contamination.Watch | None:
         """Return what keeps documents with report items out of a text, and counts them; None where all may be read."""
@@ -243,7 +246,8 @@ class Workbench:
         total = torch.zeros(self.base.shape.vocabulary, dtype=torch.long)
         for corpus in names:
             if (corpus, tokens) not in self._use:
-                ids = data.first_tokens(self.base.tokenizer, self.corpus(corpus), tokens, self.study.data_root)
+                source, root = self.corpus(corpus), self.study.data_root
+                ids = data.first_tokens(self.base.tokenizer, source, tokens, root, guard=self.guard())
                 self._use[corpus, tokens] = vocabulary.counts(ids, len(total))
             total += self._use[corpus, tokens]
         return total
@@ -382,15 +386,16 @@ class Workbench:
     def _held_text(
         self, validation: ValidationConfig, reading: streams.Reading, outline: Outline
     ) -> streams.TrainingText:
-        """Return whole sequences of the documents that a recovery must not train on."""
+        """Return whole sequences of the documents that a recovery must not train on, from one pass over them."""
         tokens = -(-validation.tokens // reading.length) * reading.length
         asked = dataclasses.replace(reading, tokens=tokens)
         guard = _kept(self.guard(), validation.share, held=True)
         try:
-            return streams.training_text(self.outlined(outline).tokenizer, asked, self.study.data_root, guard)
+            text = streams.training_text(self.outlined(outline).tokenizer, asked, self.study.data_root, guard)
         except DataError as error:
             problem = f"finalize.training.validation: {error}; or hold out a greater share"
             raise TrialError("config", problem, "recover") from error
+        return streams.one_pass(text, reading.length)
 
     def recovery_tokens(
         self, recovery: Component, calibration_corpus: str, seed: int, outline: Outline = WHOLE

@@ -118,6 +118,17 @@ def test_lines_are_joined_into_passages(tmp_path, column):
     assert 1000 < len(data.documents("owner/texts", "fit", root)[0]) < 2000
 
 
+def test_headers_of_mirrors_are_read_as_far_as_they_go(tmp_path):
+    for text, splits in (
+        ("a title\n---\nis: no: header\n---\n", {}),
+        ("---\nis: no: header\n---\n", {}),
+        ("---\nconfigs:\n- data_files:\n  - path: a.parquet\n---\n", {"default": ["train"]}),
+        ("---\nconfigs:\n- config_name: x\n  data_files:\n  - {split: test, path: a}\n---\n", {"x": ["test"]}),
+    ):
+        (tmp_path / "README.md").write_text(text)
+        assert corpora._mirror_splits(tmp_path) == splits
+
+
 def test_long_documents_are_cut(tmp_path):
     paragraphs = [f"{i} " * 100 for i in range(300)]
     root = repository(
@@ -146,6 +157,11 @@ def test_files_are_corpora(tmp_path):
     datasets.Dataset.from_list([{"text": row} for row in rows]).to_parquet(str(tmp_path / "c.parquet"))
     found = [data.documents(str(tmp_path / name), "fit") for name in ("a.txt", "b.jsonl", "c.parquet")]
     assert found[0] == found[1] == found[2]
+    (tmp_path / "gaps.jsonl").write_text('{"text": null}\n' + (tmp_path / "b.jsonl").read_text())
+    assert data.documents(str(tmp_path / "gaps.jsonl"), "fit") == found[0]
+    (tmp_path / "none.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"none\.jsonl"):
+        data.documents(str(tmp_path / "none.jsonl"), "fit")
     (tmp_path / "bad.jsonl").write_text("{")
     with pytest.raises(DataError, match=r"bad\.jsonl"):
         data.documents(str(tmp_path / "bad.jsonl"), "fit")

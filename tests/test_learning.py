@@ -89,4 +89,7 @@ def test_the_teacher_is_the_dense_model_whatever_was_learnt(bench):
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(context.teacher(input_ids=ids).logits, bench.dense()(input_ids=ids).logits)
+    rebased = bench.rebased(weights)
+    own = "self:documents=2:length=16"
+    assert rebased.corpus(own) == bench.corpus(own), "own text is that of the dense model"
     assert bench.rebased({}) is bench

@@ -12,7 +12,7 @@ from adasearch.chat import Conversation, Turn, conversation, write
 from adasearch.corpora import check_corpus, parse_corpus, scored_corpus
 from adasearch.errors import ConfigError, DataError
 from adasearch.sections import Mix, MixPart, Sampling
-from adasearch.streams import Reading, training_text
+from adasearch.streams import Reading, one_pass, training_text
 from tests import tiny
 from tests.test_data import TOKENIZER, repository, texts
 from tests.tuning import sample
@@ -89,6 +89,22 @@ def test_the_stream_of_one_corpus_goes_round_and_says_how_often(tmp_path):
     assert found.shares == ()
     assert 2.5 <= found.epochs <= 3.0
     assert int((found.tokens == EOS).sum()) >= 2
+
+
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+def test_one_pass_ends_before_documents_come_again(tmp_path, packing):
+    corpus = lines(tmp_path, "a", "a", words=6)
+    found = training_text(TOKENIZER, reading((corpus, 1.0), tokens=10_000, length=48, packing=packing))
+    once = one_pass(found, 48)
+    assert found.epochs > 2
+    assert len(once.tokens) % 48 == 0
+    assert len(found.tokens) / found.epochs - 48 <= len(once.tokens) <= len(found.tokens) / found.epochs
+    assert once.marks is None or len(once.marks.segments) == len(once.marks.counted) == len(once.tokens)
+    seen = TOKENIZER.decode(once.tokens).replace("<eos>", " ").split()
+    firsts = [seen.count(f"a{i}x0") for i in range(40)]
+    assert sum(firsts) > 5
+    assert sum(count > 1 for count in firsts) <= (0 if packing == "stream" else 2)
+    assert len(one_pass(found, 10_000).tokens) == 10_000, "one sequence at least"
 
 
 def pieces(found, length):
@@ -175,6 +191,12 @@ def test_answers_are_what_the_template_adds_to_an_opened_conversation():
     unanswered = write(tokenizer, turns[:3], "c")
     assert tokenizer.decode(unanswered.ids).endswith("<user>so?<end>")
     assert sum(unanswered.answers) == len("yes<end>")
+
+
+def test_a_template_that_states_the_date_writes_the_same_on_every_day():
+    dated = chatty("{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}" + TEMPLATE)
+    ids, _ = write(dated, (Turn("user", "ask"), Turn("assistant", "yes")), "c")
+    assert dated.decode(ids).startswith("26 Jul 2024")
 
 
 def test_templates_that_are_missing_refuse_or_rewrite_are_told(tmp_path):

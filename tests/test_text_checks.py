@@ -37,6 +37,17 @@ def test_a_mixture_names_all_of_its_corpora_wherever_it_stands():
     }
 
 
+def test_text_that_says_which_tokens_stay_is_looked_at():
+    def study(corpora):
+        rule = {"type": "by_use", "remove": 0.2, "corpora": corpora}
+        return study_of(trial={**BASE["trial"], "vocabulary": rule}, report={"tasks": [], "perplexity": ["pydoc"]})
+
+    text_checks.check_corpora(study(["stdlib"]))
+    with pytest.raises(ConfigError) as caught:
+        text_checks.check_corpora(study(["pydoc", "stdlb"]))
+    assert caught.value.where == "trial.vocabulary.corpora.1"
+
+
 def test_a_mixture_is_searched_whole():
     from tests.test_checks import space_of
 

@@ -14,7 +14,7 @@ from adasearch.tuning.loop import train
 from adasearch.tuning.masters import Masters
 from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
 from adasearch.tuning.recovery._adapters import AdapterOptions, factors, merge, projections
-from adasearch.tuning.training import Adapters, TrainingConfig, seeded
+from adasearch.tuning.training import Adapters, Batch, TrainingConfig, seeded
 
 
 class _Riding(Adapters):
@@ -58,7 +58,7 @@ class _Riding(Adapters):
         """Show the learner the gradients."""
         self._learner.graded(self._named)
 
-    def stepped(self, step: int, ids: Tensor, masters: Masters) -> None:  # noqa: ARG002 - of the signature
+    def stepped(self, step: int, batch: Batch, masters: Masters) -> None:  # noqa: ARG002 - of the signature
         """Note how far the run is."""
         self._done = step
 

@@ -12,7 +12,7 @@ import copy
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,7 @@ class _Course:
         self._warning, self.ended = context.notice, ""
         self.first, self._before = 0, 0.0
         self._begun = self._saved = time.monotonic()
+        self._seed = torch.initial_seed()
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
@@ -86,8 +87,6 @@ class _Course:
             computing_in(self._model, self._masters, self._rules.precision),
         ):
             self._masters.prepare(self._rules)
-            if self._group.rank > 0:  # dropout must differ between the processes
-                torch.manual_seed(torch.initial_seed() + self._group.rank)
             snapshots = self._context.snapshots
             state = snapshots.load() if snapshots is not None and self._saves else None
             if state is not None:
@@ -113,9 +112,11 @@ class _Course:
         spent = first_says(self._group, self._spent)
         limit = self._rules.seconds
         done = max(self._step, spent / limit * self._config.steps if limit else 0.0)
+        if self._group.rank > 0:  # dropout differs between the processes; a checkpoint holds the state of the first
+            torch.manual_seed((self._seed + (self._group.rank << 32) + self._step) % 2**63)
         total, nll = self._gradients(batch)
         step = self._step + 1
-        stepped = functools.partial(self._riding.stepped, step, batch.ids, self._masters) if self._hooked else None
+        stepped = functools.partial(self._riding.stepped, step, batch, self._masters) if self._hooked else None
         norm = self._masters.step(learning_rate(min(done, self._config.steps), self._config), stepped)
         self._losses.append(nll)
         if not (math.isfinite(total) and math.isfinite(norm)):
@@ -180,10 +181,7 @@ class _Course:
         loss = watch.measure(self._model, self._riding, self._config)
         loss = first_says(self._group, loss)
         if watch.enter(self._step, loss, self._riding.settled(self._step, self._config.steps)):
-            watch.kept = {
-                "weights": [w.to("cpu", copy=True) for w in self._masters.copies],
-                "adapters": copy.deepcopy(self._riding.state()),
-            }
+            watch.keep(self._masters.copies, self._riding.state())
         if watch.patience_is_out:
             self.ended = f"no lower loss on the text held out in {watch.stale} measurements"
 
@@ -248,16 +246,17 @@ class _Course:
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self._losses, self._before, self.ended = list(state["losses"]), float(state["seconds"]), state["ended"]
+        self._losses, self._before = list(state["losses"]), float(state["seconds"])
         self.first = self._step
         self._masters.restore(state["masters"])
         self._riding.restore(state["adapters"])
         if self._group.rank == 0:
             _set_random_state(state["random"], self._context.device)
-        else:
-            torch.manual_seed(torch.initial_seed() + self._step)
         if self._watch is not None and state["watch"] is not None:
             self._watch.restore(state["watch"])
+            if self._watch.patience_is_out:
+                self.ended = state["ended"]
+        self._end_in_time(self._before)  # of which there may be more now
 
 
 class _Watch:
@@ -302,6 +301,13 @@ class _Watch:
         self.best = (step, loss) if better else self.best
         self.stale = 0 if better else self.stale + 1
         return better
+
+    def keep(self, weights: Sequence[Tensor], adapters: Any) -> None:
+        """Keep weights as the best ones, in the memory of the last that were kept."""
+        held = self.kept["weights"] if self.kept else [torch.empty_like(w, device="cpu") for w in weights]
+        for there, weight in zip(held, weights, strict=True):
+            there.copy_(weight.detach())
+        self.kept = {"weights": held, "adapters": copy.deepcopy(adapters)}
 
     @property
     def patience_is_out(self) -> bool:

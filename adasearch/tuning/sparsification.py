@@ -19,7 +19,7 @@ from adasearch.tuning.learning import fold, fresh_updates
 from adasearch.tuning.loop import train
 from adasearch.tuning.masters import Masters
 from adasearch.tuning.recovery import RecoveryContext
-from adasearch.tuning.training import PHASE, Adapters, TrainingConfig, seeded
+from adasearch.tuning.training import PHASE, Adapters, Batch, TrainingConfig, seeded
 
 _READS = ("q", "k", "v", "gate", "up")
 _COUNT = 10.0
@@ -127,7 +127,7 @@ class Sparsified(Adapters):
         down = ((1 - opened) * (m + 0.5).square()).sum() / (1 - opened).sum().clamp_min(1)
         return identity + _COUNT * (count - number).abs() / number + up + down
 
-    def stepped(self, step: int, ids: Tensor, masters: Masters) -> None:  # noqa: ARG002 - of the signature
+    def stepped(self, step: int, batch: Batch, masters: Masters) -> None:  # noqa: ARG002 - of the signature
         """Note how far the run is."""
         self._done = step
 

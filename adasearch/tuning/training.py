@@ -337,12 +337,12 @@ class Adapters:
     def restore(self, state: dict[str, Any]) -> None:
         """Remember what `state` says; objects of other runs of the same model and options give it."""
 
-    def stepped(self, step: int, ids: Tensor, masters: Masters) -> None:
+    def stepped(self, step: int, batch: Batch, masters: Masters) -> None:
         """Follow what the optimizer did; nothing here.
 
         Args:
             step: that was made, from 1.
-            ids: its batch, B × T.
+            batch: that it was made on.
             masters: whose copies have moved, still hold their clipped gradients, and may be changed in place.
         """
 

@@ -19,7 +19,9 @@ from adasearch.tuning.decoder import Update
 from adasearch.tuning.recovery import RecoveryContext, _adapters, adalora, lora, prune_peft, prunedlora
 from adasearch.tuning.training import TrainingConfig, learning_rate, next_token_loss, sequences
 from tests import tiny
-from tests.tuning.test_recovery import cut_model, options, plain_loss, recover, stream
+from tests.tuning.test_recovery import LENGTH, cut_model, options, plain_loss, recover, stream
+from tests.tuning.test_training_memory import uneven_marks
+from tests.tuning.test_training_rules import train
 
 ADAPTERS = {
     "lora": ("lora", {}),
@@ -434,6 +436,26 @@ def test_each_block_goes_by_the_metric_that_was_most_often_right(seen, monkeypat
     monkeypatch.setattr(prune_peft, "_loss_without", fake)
     recover("prune_peft", model, structure, metric="hybrid", blocks=2, begin=0.5, rounds=2, keep=0.6)
     assert seen["adapters"].votes == [{"first": 2, "last": 0}, {"first": 0, "last": 2}]
+
+
+def test_metrics_vote_on_the_loss_that_is_trained(monkeypatch):
+    """With packed documents that is one of their marks."""
+    seen, asked = [], prune_peft.next_token_loss
+
+    def loss(model, ids, *, updates, marks):
+        seen.append(marks)
+        return asked(model, ids, updates=updates, marks=marks)
+
+    monkeypatch.setattr(prune_peft, "next_token_loss", loss)
+    model, structure = cut_model()
+    text = stream(36 * LENGTH)
+    marks = uneven_marks(len(text))
+    train(
+        "prune_peft", model, structure, text=text, metric="hybrid", blocks=2, begin=0.5, rounds=2, keep=0.6, marks=marks
+    )
+    assert seen
+    rows = {tuple(row) for row in marks.lines(LENGTH).segments.tolist()}
+    assert all({tuple(row) for row in found.segments.tolist()} <= rows for found in seen)
 
 
 BASE = {

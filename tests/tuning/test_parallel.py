@@ -36,9 +36,12 @@ CASES = {
     "adamw8bit": ("full", TrainingRules(optimizer="adamw8bit"), {}),
 }
 
+DROPPED = ("lora", TrainingRules(), {"dropout": 0.3})
+"""No two processes draw alike, so one alone does otherwise."""
+
 
 def run(case, group=None, **more):
-    name, rules, kinds = CASES[case]
+    name, rules, kinds = {**CASES, "dropped": DROPPED}[case]
     tokens = stream(2 * BATCH * LENGTH)
     kinds = {**kinds, **more}
     if "marks" in kinds:
@@ -65,6 +68,14 @@ def work(rank, folder):
         group.sum(torch.zeros(1))
         report, weights = run("full", group, saves=True, snapshots=kept)
         found["resumed"] = (report.losses, report.validation, weights)
+        report, weights = run("dropped", group)
+        found["dropped"] = (report.losses, report.validation, weights)
+        kept = Snapshots(path=folder / "dropped.pt", parts=PARTS)
+        with contextlib.suppress(BrokenError):
+            run("dropped", group, saves=True, snapshots=kept, tell=breaking_at(6))
+        group.sum(torch.zeros(1))
+        report, weights = run("dropped", group, saves=True, snapshots=kept)
+        found["dropped resumed"] = (report.losses, report.validation, weights)
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -108,6 +119,11 @@ class TestTwoProcesses:
         for found in together:
             assert found["resumed"][0] == found["full"][0]
             assert all(torch.equal(a, found["full"][2][key]) for key, a in found["resumed"][2].items())
+
+    def test_go_on_with_the_dropout_that_they_would_have_had(self, together):
+        for found in together:
+            assert found["dropped resumed"][0] == found["dropped"][0]
+            assert all(torch.equal(a, found["dropped"][2][key]) for key, a in found["dropped resumed"][2].items())
 
 
 class TestOneProcess:

@@ -13,11 +13,12 @@ from adasearch.sections import Mix, MixPart, TrainingRules, ValidationConfig
 from adasearch.streams import TrainingText
 from adasearch.tuning import loop
 from adasearch.tuning.recovery import RecoveryContext
+from adasearch.tuning.snapshots import Snapshots
 from adasearch.tuning.training import Adapters, TrainingConfig
 from adasearch.workbench import _kept
 from tests import tiny
 from tests.tuning.test_recovery import BATCH, LENGTH, cut_model, plain_loss, stream
-from tests.tuning.test_training_rules import held, train
+from tests.tuning.test_training_rules import PARTS, held, train
 
 
 def windows(text, length=24):
@@ -86,6 +87,18 @@ class TestTextHeldOut:
 
 
 class TestBestWeights:
+    def test_are_kept_in_the_memory_of_the_last(self):
+        watch = loop._Watch(RecoveryContext(seed=0, held=held(), rules=TrainingRules(validation=ValidationConfig())))
+        weights = [torch.ones(3), torch.zeros(2, 2)]
+        watch.keep(weights, {"state": 1})
+        places = [w.data_ptr() for w in watch.kept["weights"]]
+        weights[0] *= 5
+        assert watch.kept["weights"][0].tolist() == [1, 1, 1]
+        watch.keep(weights, {"state": 2})
+        assert watch.kept["weights"][0].tolist() == [5, 5, 5]
+        assert [w.data_ptr() for w in watch.kept["weights"]] == places
+        assert watch.kept["adapters"] == {"state": 2}
+
     @pytest.mark.parametrize("name", ["full", "lora"])
     def test_are_kept_where_the_loss_rises_again(self, name):
         """The text held out is of another kind, so that training on the stream soon makes its loss worse."""
@@ -177,6 +190,16 @@ class TestTime:
         assert short.ended == "its time of 8 s was over"
         assert short.tokens == len(short.losses) * BATCH * LENGTH
         assert rates[-1] < 0.3 * max(rates)
+
+    def test_a_run_that_is_given_more_goes_on(self, monkeypatch, tmp_path):
+        kept = Snapshots(path=tmp_path / "checkpoint.pt", parts=PARTS)
+        for limit, ended in ((8.0, "its time of 8 s was over"), (8.5, "its time of 8.5 s was over"), (400.0, "")):
+            self.clock(monkeypatch, 1.0)
+            model, structure = cut_model()
+            rules = TrainingRules(seconds=limit, save_seconds=1e-9)
+            report = train("full", model, structure, rules, snapshots=kept)
+            assert report.ended == ended
+            assert (len(report.losses) == 8) == (limit == 400.0)
 
     def test_too_little_for_what_must_go_is_told_halfway(self, monkeypatch):
         self.clock(monkeypatch, 1.0)

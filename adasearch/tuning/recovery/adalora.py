@@ -19,7 +19,7 @@ from adasearch.tuning.decoder import Update, Updates
 from adasearch.tuning.masters import Masters
 from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
 from adasearch.tuning.recovery._adapters import AtLeastOne, Paced, PacedOptions, check, projections, tune, widest
-from adasearch.tuning.training import Adapters
+from adasearch.tuning.training import Adapters, Batch
 
 _SPREAD = 0.02
 """Standard deviation of the first values of P and Q, as in the published code; lambda begins at 0."""
@@ -155,7 +155,7 @@ class Svd(Paced):
             own.mean.copy_(mean)
             own.spread.copy_(spread)
 
-    def stepped(self, step: int, ids: Tensor, masters: Masters) -> None:  # noqa: ARG002 - signature of the hook
+    def stepped(self, step: int, batch: Batch, masters: Masters) -> None:  # noqa: ARG002 - signature of the hook
         """Take the step's sensitivities into account, and keep to the budget.
 
         Weights count as the step left them, and the last decision goes by the steps before it, both as in PEFT.

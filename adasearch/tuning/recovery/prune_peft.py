@@ -21,7 +21,7 @@ from adasearch.tuning.decoder import Update, Updates, without_dropout
 from adasearch.tuning.masters import Masters
 from adasearch.tuning.recovery import RecoveryContext, RecoveryReport
 from adasearch.tuning.recovery._adapters import Paced, PacedOptions, check, factors, projections, tune
-from adasearch.tuning.training import Adapters, next_token_loss
+from adasearch.tuning.training import Adapters, Batch, next_token_loss
 
 
 @value
@@ -135,11 +135,11 @@ class Thinning(Paced):
         self._updates = {module: u for number, (module, u) in enumerate(self._all.items()) if number in left}
         self.votes = [dict(votes) for votes in state["votes"]]
 
-    def stepped(self, step: int, ids: Tensor, masters: Masters) -> None:
+    def stepped(self, step: int, batch: Batch, masters: Masters) -> None:
         """Let the metrics vote, or take adapters away, as many as the schedule says."""
         before = int(self._options.begin * self._steps)
         if self._metric == "hybrid" and before - self._rounds < step <= before:
-            self._vote(ids, masters)
+            self._vote(batch, masters)
         left = self._options.left(step, self._steps, self.totals, power=1)
         if left is None or left >= len(self._updates):
             return
@@ -163,12 +163,12 @@ class Thinning(Paced):
         return found
 
     @torch.no_grad()
-    def _vote(self, ids: Tensor, masters: Masters) -> None:
+    def _vote(self, batch: Batch, masters: Masters) -> None:
         whole = without_dropout(self._updates)
         for block, votes in zip(self._blocks, self.votes, strict=True):
             pairs = {module: self._pair(module, masters) for module in block}
             named = {name: min(pairs, key=_by(metric, pairs)) for name, metric in METRICS.items()}
-            loss = {module: _loss_without(self._model, ids, whole, module) for module in set(named.values())}
+            loss = {module: _loss_without(self._model, batch, whole, module) for module in set(named.values())}
             least = min(loss.values())
             for name, module in named.items():
                 votes[name] += loss[module] == least
@@ -180,10 +180,10 @@ def _by(
     return lambda module: metric(pairs[module])
 
 
-def _loss_without(model: nn.Module, ids: Tensor, updates: Updates, module: nn.Module) -> float:
+def _loss_without(model: nn.Module, batch: Batch, updates: Updates, module: nn.Module) -> float:
     """Return the loss on a batch when the update of one module is left out."""
     rest = {other: update for other, update in updates.items() if other is not module}
-    return float(next_token_loss(model, ids, updates=rest)[1])
+    return float(next_token_loss(model, batch.ids, updates=rest, marks=batch.marks)[1])
 
 
 @RECOVERY.register(options=PrunePeftOptions, check=check, adapters=True)

@@ -29,7 +29,7 @@ from adasearch.tuning.recovery._adapters import (
     tune,
     widest,
 )
-from adasearch.tuning.training import Adapters
+from adasearch.tuning.training import Adapters, Batch
 
 _NOTHING = 1e-30
 """Mean square below which a gradient counts as 0: its Gram matrix has no digits left in float32."""
@@ -126,7 +126,7 @@ class Shrinking(Paced):
         for own, alive in zip(self.alive.values(), state["alive"], strict=True):
             own.copy_(alive)
 
-    def stepped(self, step: int, ids: Tensor, masters: Masters) -> None:  # noqa: ARG002 - signature of the hook
+    def stepped(self, step: int, batch: Batch, masters: Masters) -> None:  # noqa: ARG002 - signature of the hook
         """Take the cheapest ranks away, as many as the schedule says, and hold at 0 what is gone."""
         for module, update in self.updates().items():
             alive = self.alive[module]
