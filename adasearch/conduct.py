@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from adasearch.config import Component
 from adasearch.documents import fingerprint, plain, value
@@ -59,11 +61,10 @@ def conducted(
         model: what identifies the one it was cut from.
 
     Raises:
-        TrialError: the other processes did not come (kind ``worker_lost``).
+        TrialError: the other processes did not come (kind ``worker_lost``), or have something else to train (``error``).
     """
-    snapshots = None
+    rules, parts, snapshots = conduct.rules, dict[str, str](), None
     if conduct.folder is not None:
-        rules = conduct.rules
         parts = {
             "base model": model,
             "plan": fingerprint(plan),
@@ -82,9 +83,28 @@ def conducted(
         except RuntimeError as error:
             problem = f"the {size} processes that train this model did not meet: {error}"
             raise TrialError("worker_lost", problem, "recover") from error
+        check_agreement(group, parts)
         yield dataclasses.replace(
             context, look=conduct.look, rules=conduct.rules, held=text.held, snapshots=snapshots, group=group
         )
+
+
+def check_agreement(group: parallel.Group, parts: Mapping[str, str]) -> None:
+    """Return when all processes that train together have the same to train: each has cut its own copy of the model.
+
+    Raises:
+        TrialError: what is not the same, in all of them.
+    """
+    strange = []
+    for name, found in parts.items() if group.size > 1 else ():
+        own = float(int(fingerprint(found)[:12], 16))
+        apart = torch.tensor([abs(own - parallel.first_says(group, own))], dtype=torch.float64)
+        group.sum(apart)
+        strange += [name] if apart else []
+    if strange:
+        problem = f"the {group.size} processes that train this model together differ in {', '.join(strange)}"
+        advice = "a cut that is learnt may come out otherwise on another device: train it with processes: 1"
+        raise TrialError("error", f"{problem}; {advice}", "recover")
 
 
 def _text_key(text: TrainingText) -> str:

@@ -450,9 +450,7 @@ def test_metrics_vote_on_the_loss_that_is_trained(monkeypatch):
     model, structure = cut_model()
     text = stream(36 * LENGTH)
     marks = uneven_marks(len(text))
-    train(
-        "prune_peft", model, structure, text=text, metric="hybrid", blocks=2, begin=0.5, rounds=2, keep=0.6, marks=marks
-    )
+    train("prune_peft", model, structure, text=text, metric="hybrid", blocks=2, begin=0.5, rounds=2, marks=marks)
     assert seen
     rows = {tuple(row) for row in marks.lines(LENGTH).segments.tolist()}
     assert all({tuple(row) for row in found.segments.tolist()} <= rows for found in seen)

@@ -1,6 +1,7 @@
 """Several processes that train one model together: over Gloo, on CPUs."""
 
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from adasearch.conduct import check_agreement
+from adasearch.documents import fingerprint
+from adasearch.errors import TrialError
 from adasearch.sections import TrainingRules, ValidationConfig
 from adasearch.streams import Marks
 from adasearch.tuning.parallel import Alone, first_says, joined
@@ -124,6 +128,26 @@ class TestTwoProcesses:
         for found in together:
             assert found["dropped resumed"][0] == found["dropped"][0]
             assert all(torch.equal(a, found["dropped"][2][key]) for key, a in found["dropped resumed"][2].items())
+
+
+class TestAgreement:
+    class Second:
+        """The second of two processes, of which the first has `theirs` to train."""
+
+        rank, size = 1, 2
+
+        def __init__(self, theirs):
+            self._says = itertools.chain.from_iterable((float(int(fingerprint(x)[:12], 16)), 0.0) for x in theirs)
+
+        def sum(self, tensor):
+            tensor += next(self._says)
+
+    def test_what_is_not_the_same_is_named(self):
+        parts = {"plan": "a", "text": "b", "seed": "3"}
+        check_agreement(self.Second(parts.values()), parts)
+        check_agreement(Alone(), parts)
+        with pytest.raises(TrialError, match="differ in plan, seed; a cut that is learnt"):
+            check_agreement(self.Second(["other", "b", "4"]), parts)
 
 
 class TestOneProcess:
