@@ -61,7 +61,7 @@ def conducted(
         model: what identifies the one it was cut from.
 
     Raises:
-        TrialError: the other processes did not come (kind ``worker_lost``), or have something else to train (``error``).
+        TrialError: the other processes did not come (kind ``worker_lost``), or train something else (``error``).
     """
     rules, parts, snapshots = conduct.rules, dict[str, str](), None
     if conduct.folder is not None:

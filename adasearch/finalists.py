@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from adasearch.config import Component, FinalizeConfig, StudyConfig
 from adasearch.documents import fingerprint, plain, value
 from adasearch.errors import NoTrialError
-from adasearch.records import DENSE, Evidence, FinalRecord, Record, read_finals, set_aside, write_final
+from adasearch.loading import GGUF
+from adasearch.records import DENSE, Evidence, FinalRecord, Record, forget_final, keep_earlier, read_finals, write_final
 from adasearch.sections import ObjectiveConfig, TrainingRules
 from adasearch.tradeoff import distinct_cuts, finished_first
 
@@ -38,6 +39,7 @@ class FinalTask:
         command: what makes it again, for its model card.
         search: what the search knows of it, None where there was none.
         rules: of its recovery.
+        standing: export of the model, relative to the run, where it is made and only to be scored again; else empty.
         rank: of this process among those that make it together; the first one scores and exports.
         meeting: folder in which they meet, None where there is one.
     """
@@ -49,6 +51,7 @@ class FinalTask:
     config: dict[str, Any] | None = None
     recovery: Component | None = None
     rules: TrainingRules = TrainingRules()
+    standing: str = ""
     rank: int = 0
     meeting: str | None = None
     items: tuple[Role, ...] = ("select", "report")
@@ -163,10 +166,23 @@ def to_make(study: StudyConfig, tasks: Iterable[FinalTask], run: Path, display: 
             waiting[task.name] = task
         elif task.role == "finalist" != record.role:
             write_final(run, dataclasses.replace(record, role=task.role))
-        if changed:
-            display.note(f"{task.title} is made again: {', '.join(changed)} changed since it was made")
-            set_aside(run, task.name)
+        if record is not None and changed:
+            standing = _standing(record, run) if changed == ["report"] else ""
+            if standing:
+                alone = dataclasses.replace(task.rules, processes=1)
+                waiting[task.name] = dataclasses.replace(task, standing=standing, rules=alone)
+            what = "scored" if standing or task.config is None else "made"
+            display.note(f"{task.title} is {what} again: {', '.join(changed)} changed since it was {what}")
+            keep_earlier(run, task.name)
+            if not standing:
+                forget_final(run, task.name)
     return waiting
+
+
+def _standing(record: FinalRecord, run: Path) -> str:
+    """Return the export that a model can be scored from again: not a GGUF file, whose weights are rounded."""
+    folder = run / record.export if record.export else run
+    return record.export or "" if (folder / "plan.json").is_file() and not (folder / GGUF).is_file() else ""
 
 
 def _changed(record: FinalRecord, task: FinalTask, study: StudyConfig) -> list[str]:

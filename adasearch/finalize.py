@@ -18,6 +18,7 @@ from adasearch.config import StudyConfig, TaskScore, TrialConfig
 from adasearch.environment import versions
 from adasearch.errors import ConfigError, DataError, ModelError, NoTrialError, TrialError
 from adasearch.finalists import FinalTask, export_name, finalists, format_label, made_by, to_make
+from adasearch.pruning.plan import PruningPlan
 from adasearch.pruning.structure import WHOLE, Outline
 from adasearch.racing import TaskValues
 from adasearch.records import (
@@ -42,7 +43,9 @@ from adasearch.teams import Teams, followed
 from adasearch.trial import Clock, Pruned, prune, recover, score_blocks, silent, task_scores
 from adasearch.tuning import alignment, evaluation
 from adasearch.tuning.export import Goods, ModelCard, wants_adapters
-from adasearch.tuning.export._folder import sweep
+from adasearch.tuning.export._card import score_sections
+from adasearch.tuning.export._folder import amend_card, sweep
+from adasearch.tuning.export._verify import open_export
 from adasearch.tuning.recovery import RecoveryReport
 from adasearch.verdicts import pronounce
 from adasearch.winner import ACCURACY, SELECT, merits
@@ -69,6 +72,8 @@ def run_final(task: FinalTask, bench: Workbench) -> FinalRecord | None:
     """
     folder = bench.run / "final" / task.name
     clock = Clock(state_writer(folder) if task.rank == 0 else silent)
+    if task.standing:
+        return _scored_again(task, bench, clock)
     pruned, tuned = _made(task, bench, clock)
     if task.rank > 0:
         del pruned
@@ -112,6 +117,42 @@ def run_final(task: FinalTask, bench: Workbench) -> FinalRecord | None:
     write_items(folder, items)
     write_final(bench.run, record)
     (folder / CHECKPOINT).unlink(missing_ok=True)
+    return record
+
+
+def _scored_again(task: FinalTask, bench: Workbench, clock: Clock) -> FinalRecord:
+    """Score a model as it was exported on what is reported now; its record and cards say so, nothing else changes.
+
+    Raises:
+        TrialError: the export is damaged.
+    """
+    export = bench.run / task.standing
+    earlier = next(record for record in read_finals(bench.run) if record.name == task.name)
+    try:
+        outline = PruningPlan.load(export / "plan.json").outline
+        model = open_export(export, str(bench.device))
+    except ModelError as error:
+        problem = f"it cannot be scored again: {error}; delete final/{task.name}.json to make it anew"
+        raise TrialError("config", problem, clock.phase) from error
+    scores, items = _score(model, task, bench, clock, outline)
+    clock.enter("perplexity")
+    record = dataclasses.replace(
+        earlier,
+        role=task.role,
+        search=task.search,
+        selected=scores.get("select", ()),
+        report=scores.get("report", ()),
+        perplexity=_perplexity(model, bench, outline),
+        made=made_by(task, bench.study),
+        merit=None,
+    )
+    clock.enter("done")
+    dense = next((r for r in read_finals(bench.run) if r.role == "dense"), None)
+    for folder in exports_of(bench.run, record).values():
+        for section in score_sections(record, dense):
+            amend_card(folder, section)
+    write_items(bench.run / "final" / task.name, items)
+    write_final(bench.run, record)
     return record
 
 

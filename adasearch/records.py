@@ -342,13 +342,15 @@ def read_finals(run: Path) -> list[FinalRecord]:
     return [record for record in found if record is not None]
 
 
-def set_aside(run: Path, name: str) -> None:
-    """Take the record of a model away, so that it is made again; it is kept as ``final/<name>/earlier.json``."""
+def keep_earlier(run: Path, name: str) -> None:
+    """Keep the record of a model, which will be replaced, as ``final/<name>/earlier.json``."""
     record = run / "final" / f"{name}.json"
-    earlier = run / "final" / name / "earlier.json"
-    with storage_errors(record):
-        earlier.parent.mkdir(exist_ok=True)
-        record.replace(earlier)
+    write_atomically(run / "final" / name / "earlier.json", record.read_bytes())
+
+
+def forget_final(run: Path, name: str) -> None:
+    """Take the record of a model away, so that it counts as not made."""
+    (run / "final" / f"{name}.json").unlink(missing_ok=True)
 
 
 def write_failure(run: Path, name: str, failure: Failure) -> None:

@@ -7,17 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from adasearch import finalize
-from adasearch.config import component, study_from_dict
+from adasearch import finalize, loading
+from adasearch.config import TrialConfig, component, study_from_dict
 from adasearch.errors import ConfigError, ModelError, TrialError
 from adasearch.finalists import FinalTask, dense_task, made_by, to_make
 from adasearch.records import FinalRecord, read_finals, write_final
 from adasearch.registry import EXPORT, RECOVERY
 from adasearch.report_html import _finalists
 from adasearch.sections import ObjectiveConfig, TrainingRules, ValidationConfig
-from adasearch.tuning.export import check_model
+from adasearch.tuning.export import _verify, check_model
 from adasearch.tuning.export._folder import sweep
-from tests.test_final_training import Shown, study_of
+from adasearch.workbench import Workbench
+from tests.test_final_training import RECOVERY_OF, SAMPLE, Shown, study_of
 
 LORA = component(RECOVERY, {"type": "lora", "tokens": 64}, "recovery")
 HF, Q8 = (component(EXPORT, given, "formats") for given in ("hf", {"type": "gguf", "dtype": "q8_0"}))
@@ -46,7 +47,7 @@ class TestToMake:
         shown = Shown()
         waiting = to_make(study, [task], run, shown)
         kept = [found.name for found in read_finals(run)]
-        assert kept == ([] if waiting else [task.name])
+        assert kept == ([] if waiting and not waiting[task.name].standing else [task.name])
         assert (run / "final" / task.name / "earlier.json").exists() == bool(waiting), "an earlier record is kept"
         return shown.notes
 
@@ -71,6 +72,18 @@ class TestToMake:
         other = dataclasses.replace(study, report=dataclasses.replace(study.report, items=3))
         (note,) = self.names(other, dense, tmp_path, record_of(study, dense, formats=()))
         assert "report changed" in note
+
+    @pytest.mark.parametrize(
+        ("files", "what"), [(["plan.json"], "scored"), ([], "made"), (["plan.json", "model.gguf"], "made")]
+    )
+    def test_other_report_items_ask_for_no_training_where_an_export_stands(self, study, tmp_path, files, what):
+        (tmp_path / "export" / "1-trial7").mkdir(parents=True)
+        for name in files:
+            (tmp_path / "export" / "1-trial7" / name).touch()
+        other = dataclasses.replace(study, report=dataclasses.replace(study.report, items=3))
+        task = task_of(rules=TrainingRules(processes=2))
+        (note,) = self.names(other, task, tmp_path, record_of(study, task, export="export/1-trial7"))
+        assert note == f"trial7 is {what} again: report changed since it was {what}"
 
     def test_fewer_formats_and_a_refused_one_make_nothing_again(self, study, tmp_path):
         done = record_of(study, task_of(), formats=("hf", "gguf-q8_0"), unwritten={"gguf-q8_0": "no graph"})
@@ -151,3 +164,33 @@ class TestExports:
             check_model([HF, Q8], None, "finalize.formats")
         config.rope_parameters = {"rope_type": "llama3"}
         check_model([HF, Q8], None, "finalize.formats")
+
+
+def test_a_model_is_scored_again_from_its_export(tmp_path, tiny_checkpoint, monkeypatch):
+    """Other items give other scores, and nothing is tuned; with the old ones the scores are those it had."""
+    monkeypatch.setattr(_verify, "_open_fresh", _verify.open_and_compare)
+    told = study_of(tiny_checkpoint)
+    study = study_from_dict(told, "study:", tmp_path / "study.yaml")
+    bench = Workbench(study, tmp_path, threads=1)
+    config = TrialConfig.from_dict({"calibration": SAMPLE, "importance": "magnitude"}, "trial").to_dict()
+    recovery = component(RECOVERY, RECOVERY_OF, "recovery")
+    task = task_of(config=config, recovery=recovery, items=("report",))
+    first = finalize.run_final(task, bench)
+    shown = Shown()
+    for items in (6, 2):
+        report = {**told["report"], "items": items, "perplexity": ["pydoc"], "perplexity_tokens": 600, "windows": [128]}
+        other = study_from_dict({**told, "report": report}, "study:", tmp_path / "study.yaml")
+        (again,) = to_make(other, [task], tmp_path, shown).values()
+        monkeypatch.setattr(finalize, "_made", None)
+        record = finalize.run_final(again, Workbench(other, tmp_path, threads=1))
+        assert read_finals(tmp_path) == [record]
+        assert record.report[0].n == items
+        assert (record.losses, record.export, record.parameters) == (first.losses, first.export, first.parameters)
+        card = (tmp_path / "export" / "trial7" / "README.md").read_text()
+        assert f"| cloze/pydoc | {items} |" in card
+        assert f"| pydoc@128 | {record.perplexity['pydoc@128']:.3f} |" in card
+    (found,), (wanted,) = record.report, first.report
+    assert (found.acc, found.acc_norm) == (wanted.acc, wanted.acc_norm)
+    assert (found.margin, found.log_score) == pytest.approx((wanted.margin, wanted.log_score), abs=1e-6)
+    assert loading.verify(tmp_path / "export" / "trial7", fresh=False).sound
+    assert not to_make(other, [task], tmp_path, shown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from adasearch.config import TaskScore
-from adasearch.records import Speed
+from adasearch.records import FinalRecord, Speed
 from adasearch.tuning.export import ModelCard
 
 if TYPE_CHECKING:
@@ -46,32 +47,39 @@ def _figure(mean: float | None, stderr: float | None) -> str:
     return "" if mean is None else f"{100 * mean:.2f} ± {100 * (stderr or 0.0):.2f}"
 
 
-def _scores(card: ModelCard) -> list[str]:
-    if card.record is None or not card.record.report:
+def score_sections(record: FinalRecord | None, dense: FinalRecord | None) -> list[list[str]]:
+    """Return the sections of the card on scores and perplexities beside the dense model, those that there are."""
+    if record is None:
         return []
-    dense = {score.task: score for score in card.dense.report} if card.dense else {}
+    return [section for section in (_scores(record, dense), _perplexities(record, dense)) if section]
+
+
+def _scores(record: FinalRecord, known: FinalRecord | None) -> list[str]:
+    if not record.report:
+        return []
+    dense = {score.task: score for score in known.report} if known else {}
     head = ["| task | items | acc | acc_norm |", "|---|---:|---:|---:|"]
     if dense:
         head = [head[0] + " dense acc | dense acc_norm |", head[1] + "---:|---:|"]
 
     def row(score: TaskScore) -> str:
         cells = [_cell(score.task), str(score.n)]
-        for known in (score, dense.get(score.task)) if dense else (score,):
-            cells.append(_figure(known.acc, known.acc_stderr) if known else "")
-            cells.append(_figure(known.acc_norm, known.acc_norm_stderr) if known else "")
+        for found in (score, dense.get(score.task)) if dense else (score,):
+            cells.append(_figure(found.acc, found.acc_stderr) if found else "")
+            cells.append(_figure(found.acc_norm, found.acc_norm_stderr) if found else "")
         return f"| {' | '.join(cells)} |"
 
     note = "Zero-shot, in percent ± standard error over items; the search saw none of these items."
-    return ["## Scores", "", note, "", *head, *map(row, card.record.report), ""]
+    return ["## Scores", "", note, "", *head, *map(row, record.report), ""]
 
 
-def _perplexities(card: ModelCard) -> list[str]:
-    if card.record is None or not card.record.perplexity:
+def _perplexities(record: FinalRecord, known: FinalRecord | None) -> list[str]:
+    if not record.perplexity:
         return []
-    dense = card.dense.perplexity if card.dense else {}
+    dense = known.perplexity if known else {}
     rows = [
         f"| {_cell(name)} | {figure:.3f} | {format(dense[name], '.3f') if name in dense else ''} |"
-        for name, figure in sorted(card.record.perplexity.items())
+        for name, figure in sorted(record.perplexity.items())
     ]
     return ["## Perplexity", "", "| corpus@window | this model | dense |", "|---|---:|---:|", *rows, ""]
 
@@ -214,8 +222,7 @@ def model_card(card: ModelCard, *, title: str, layout: str, plan: PruningPlan, n
         "",
         *(part for note in notes for part in (note, "")),
         *_loading(layout),
-        *_scores(card),
-        *_perplexities(card),
+        *itertools.chain.from_iterable(score_sections(card.record, card.dense)),
         *_origin(card),
         "Check the files with `sha256sum -c SHA256SUMS`, and the model with `adasearch verify` on this folder.",
         "",
