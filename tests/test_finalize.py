@@ -157,8 +157,8 @@ class TestExports:
 
     def test_a_model_that_a_format_never_holds_is_refused_before_anything_runs(self, monkeypatch):
         config = SimpleNamespace(rope_parameters={"rope_type": "yarn"}, vocab_size=64)
-        monkeypatch.setattr("adasearch.tuning.export.read_config", lambda _: config)
-        monkeypatch.setattr("adasearch.tuning.export.read_tokenizer", lambda _: None)
+        monkeypatch.setattr("adasearch.models.read_config", lambda _: config)
+        monkeypatch.setattr("adasearch.tokenization.read_tokenizer", lambda _: None)
         check_model([HF], None, "finalize.formats")
         with pytest.raises(ConfigError, match=r"finalize\.formats: gguf: rotary positions must be default .* yarn"):
             check_model([HF, Q8], None, "finalize.formats")

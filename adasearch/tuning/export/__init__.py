@@ -20,10 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from adasearch.documents import value
 from adasearch.errors import ConfigError, ModelError
-from adasearch.models import read_config
 from adasearch.records import FinalRecord
 from adasearch.registry import EXPORT, RECOVERY
-from adasearch.tokenization import read_tokenizer
 
 if TYPE_CHECKING:
     from adasearch.checkpoints import ModelSource
@@ -125,6 +123,9 @@ def check_model(formats: Iterable[Component], source: ModelSource, where: str) -
     checks = {wanted.type: EXPORT.get(wanted.type).facts.get("check") for wanted in formats}
     if not any(checks.values()):
         return
+    from adasearch.models import read_config  # these import torch and transformers
+    from adasearch.tokenization import read_tokenizer
+
     config, tokenizer = read_config(source), read_tokenizer(source)
     for refuse in filter(None, checks.values()):
         try:
