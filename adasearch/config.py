@@ -32,6 +32,7 @@ from adasearch.library import find, load_recipe, recipe_names
 from adasearch.racing import FidelityConfig, RacingConfig, Rung
 from adasearch.registry import Registry, nearest
 from adasearch.sections import (
+    FINALIST,
     BudgetConfig,
     CalibrationConfig,
     ClusterConfig,
@@ -411,7 +412,7 @@ def study_from_dict(data: dict[str, Any], where: str, near: Path) -> StudyConfig
     data["space"] = _read_space(data.get("space", {}), near, where)
     data |= _read_recipes(data, near, join(where, "recipes"))
     finalize = dict(data.get("finalize") or {})
-    recovery = finalize.get("recovery", {"type": "full"})
+    recovery = finalize.get("recovery", FINALIST)
     finalize["recovery"] = component(registry.RECOVERY, recovery, join(where, "finalize.recovery"))
     finalize["formats"] = export_formats(finalize.get("formats", ["hf"]), join(where, "finalize.formats"))
     data["finalize"] = finalize

@@ -360,6 +360,12 @@ class UnitsConfig:
     mlp: Literal["channel", "none"] = "channel"
 
 
+FINALIST = {
+    "type": "lora", "rank": 64, "scaling": "rslora", "lr": 5e-4, "tokens": 262144, "length": 256, "batch": 4,
+}  # fmt: skip
+"""How finalists are tuned where a study does not say: see ``benchmarks/RESULTS.md``, "Recoveries beside each other"."""
+
+
 @value
 class ValidationConfig:
     """Text that a recovery is measured on while it trains, and never trained on; the best weights are kept.

@@ -42,7 +42,7 @@ def test_defaults_are_filled_in():
     study = study_of()
     assert study.name == "s"
     assert study.cluster.workers == "auto"
-    assert study.finalize.recovery.type == "full"
+    assert (study.finalize.recovery.type, study.finalize.recovery.options.rank) == ("lora", 64)
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,7 @@ def study_of(checkpoint, folder, **changes) -> StudyConfig:
         "objective": {"search": ["cloze/pydoc"], "items": 4, "select": 4, "latency_tokens": 16},
         "report": {"tasks": ["cloze/pydoc"], "items": 4},
         "trial": SAMPLE,
+        "finalize": {"recovery": "full"},
         "recipes": "none",
         "fidelity": {"divergence": 0},
         **changes,

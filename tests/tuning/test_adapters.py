@@ -462,6 +462,7 @@ BASE = {
     "objective": {"search": ["cloze/pydoc"]},
     "report": {"tasks": ["cloze/pydoc"]},
     "recipes": "none",
+    "finalize": {"recovery": "none"},
     "space": {"calibration.samples": {"int": [4, 8]}},
 }
 
