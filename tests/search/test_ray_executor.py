@@ -293,6 +293,7 @@ DRIVER = """
         raise Asked
 
     signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with RayExecutor(ray_workers.open_worker, workers=1, threads=1) as executor:
         executor.submit("lost", ("kill", None), seconds=600)
         executor.submit("a", ("hang", sys.argv[1]), seconds=600)
@@ -313,7 +314,10 @@ class Driver:
 
 @pytest.fixture
 def driver() -> Iterator[Driver]:
-    """Another driver with a Ray of its own, whose worker is at work."""
+    """Another driver with a Ray of its own, whose worker is at work.
+
+    It listens to SIGINT also where these tests run in the background of a shell, which has its jobs ignore it.
+    """
     with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as name:
         folder, mark = Path(name) / "tmp", Path(name) / "pid"
         folder.mkdir()
