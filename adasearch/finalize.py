@@ -123,6 +123,8 @@ def run_final(task: FinalTask, bench: Workbench) -> FinalRecord | None:
 def _scored_again(task: FinalTask, bench: Workbench, clock: Clock) -> FinalRecord:
     """Score a model as it was exported on what is reported now; its record and cards say so, nothing else changes.
 
+    Its scores on select items stay, and with them its rank: a model that is opened again rounds otherwise.
+
     Raises:
         TrialError: the export is damaged.
     """
@@ -134,24 +136,24 @@ def _scored_again(task: FinalTask, bench: Workbench, clock: Clock) -> FinalRecor
     except ModelError as error:
         problem = f"it cannot be scored again: {error}; delete final/{task.name}.json to make it anew"
         raise TrialError("config", problem, clock.phase) from error
-    scores, items = _score(model, task, bench, clock, outline)
+    scores, items = _score(model, dataclasses.replace(task, items=("report",)), bench, clock, outline)
+    folder = bench.run / "final" / task.name
+    selected = {key: values for key, values in (read_items(folder) or {}).items() if key.endswith(SELECT)}
     clock.enter("perplexity")
     record = dataclasses.replace(
         earlier,
         role=task.role,
         search=task.search,
-        selected=scores.get("select", ()),
-        report=scores.get("report", ()),
+        report=scores["report"],
         perplexity=_perplexity(model, bench, outline),
         made=made_by(task, bench.study),
-        merit=None,
     )
     clock.enter("done")
     dense = next((r for r in read_finals(bench.run) if r.role == "dense"), None)
-    for folder in exports_of(bench.run, record).values():
+    for standing in exports_of(bench.run, record).values():
         for section in score_sections(record, dense):
-            amend_card(folder, section)
-    write_items(bench.run / "final" / task.name, items)
+            amend_card(standing, section)
+    write_items(folder, {**selected, **items})
     write_final(bench.run, record)
     return record
 

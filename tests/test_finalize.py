@@ -11,12 +11,13 @@ from adasearch import finalize, loading
 from adasearch.config import TrialConfig, component, study_from_dict
 from adasearch.errors import ConfigError, ModelError, TrialError
 from adasearch.finalists import FinalTask, dense_task, made_by, to_make
-from adasearch.records import FinalRecord, read_finals, write_final
+from adasearch.records import FinalRecord, read_finals, read_items, write_final
 from adasearch.registry import EXPORT, RECOVERY
 from adasearch.report_html import _finalists
 from adasearch.sections import ObjectiveConfig, TrainingRules, ValidationConfig
 from adasearch.tuning.export import _verify, check_model
 from adasearch.tuning.export._folder import sweep
+from adasearch.winner import SELECT
 from adasearch.workbench import Workbench
 from tests.test_final_training import RECOVERY_OF, SAMPLE, Shown, study_of
 
@@ -174,8 +175,9 @@ def test_a_model_is_scored_again_from_its_export(tmp_path, tiny_checkpoint, monk
     bench = Workbench(study, tmp_path, threads=1)
     config = TrialConfig.from_dict({"calibration": SAMPLE, "importance": "magnitude"}, "trial").to_dict()
     recovery = component(RECOVERY, RECOVERY_OF, "recovery")
-    task = task_of(config=config, recovery=recovery, items=("report",))
+    task = task_of(config=config, recovery=recovery)
     first = finalize.run_final(task, bench)
+    values = read_items(tmp_path / "final" / "trial7")
     shown = Shown()
     for items in (6, 2):
         report = {**told["report"], "items": items, "perplexity": ["pydoc"], "perplexity_tokens": 600, "windows": [128]}
@@ -185,6 +187,10 @@ def test_a_model_is_scored_again_from_its_export(tmp_path, tiny_checkpoint, monk
         record = finalize.run_final(again, Workbench(other, tmp_path, threads=1))
         assert read_finals(tmp_path) == [record]
         assert record.report[0].n == items
+        assert record.selected == first.selected
+        found = read_items(tmp_path / "final" / "trial7")
+        assert found.keys() == values.keys()
+        assert (found[f"cloze/pydoc{SELECT}"] == values[f"cloze/pydoc{SELECT}"]).all()
         assert (record.losses, record.export, record.parameters) == (first.losses, first.export, first.parameters)
         card = (tmp_path / "export" / "trial7" / "README.md").read_text()
         assert f"| cloze/pydoc | {items} |" in card
