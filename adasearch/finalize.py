@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -318,6 +318,20 @@ def place_exports(run: Path, metric: Metric) -> list[FinalRecord]:
     return moved
 
 
+def fill_cards(
+    study: StudyConfig, run: Path, ranked: list[FinalRecord], say: Callable[[str], None]
+) -> list[FinalRecord]:
+    """Write into cards and records how the exports do beside others and what they take, and return the finalists.
+
+    The best published recipe is exported too where it is no finalist, and told of like them.
+    """
+    exported = [*ranked, *(record for record in read_finals(run) if record.role == "recipe")]
+    pronounce(study, run, exported)
+    if study.finalize.measure:  # now that no worker computes
+        exported = measure_exports(study, run, exported, say)
+    return exported[: len(ranked)]
+
+
 def finalize(study: StudyConfig, run: Path, executor: Executor, display: Display) -> list[FinalRecord]:
     """Finish the search: run every finalist that has no record yet, rank them, and return them, best first.
 
@@ -334,9 +348,7 @@ def finalize(study: StudyConfig, run: Path, executor: Executor, display: Display
     failures = finish(study, tasks, run, executor, display, seconds=seconds)
     judge(run, known)
     ranked = place_exports(run, study.objective.metric)
-    pronounce(study, run, ranked)
-    if study.finalize.measure:  # now that no worker computes
-        ranked = measure_exports(study, run, ranked, display.note)
+    ranked = fill_cards(study, run, ranked, display.note)
     if not ranked:
         reasons = "; ".join(f"{name}: {failure.kind}: {failure.message}" for name, failure in failures.items())
         raise NoTrialError(f"no finalist could be finished: {reasons or 'no reason recorded'}")

@@ -11,7 +11,7 @@ from adasearch import finalize, loading
 from adasearch.config import TrialConfig, component, study_from_dict
 from adasearch.errors import ConfigError, ModelError, TrialError
 from adasearch.finalists import FinalTask, dense_task, made_by, to_make
-from adasearch.records import FinalRecord, read_finals, read_items, write_final
+from adasearch.records import FinalRecord, Speed, read_finals, read_items, write_final
 from adasearch.registry import EXPORT, RECOVERY
 from adasearch.report_html import _finalists
 from adasearch.sections import ObjectiveConfig, TrainingRules, ValidationConfig
@@ -23,6 +23,7 @@ from tests.test_final_training import RECOVERY_OF, SAMPLE, Shown, study_of
 
 LORA = component(RECOVERY, {"type": "lora", "tokens": 64}, "recovery")
 HF, Q8 = (component(EXPORT, given, "formats") for given in ("hf", {"type": "gguf", "dtype": "q8_0"}))
+SPEED = Speed(format="hf", file_bytes=1, dense_file_bytes=2, dtype="bfloat16")
 
 
 @pytest.fixture
@@ -148,6 +149,23 @@ class TestExports:
         assert sorted(path.name for path in (tmp_path / "export").iterdir()) == [
             "1-trial7", "1-trial7.gguf-q8_0", "1-trial77",
         ]  # fmt: skip
+
+    @pytest.mark.parametrize("measure", [True, False])
+    def test_the_best_recipe_is_told_of_and_measured_like_a_finalist(self, study, tmp_path, monkeypatch, measure):
+        first, second = record_of(study, task_of()), record_of(study, task_of(name="trial8", trial=8, role="recipe"))
+        for record in (first, second, record_of(study, dense_task(), export=None)):
+            write_final(tmp_path, record)
+        told = []
+        monkeypatch.setattr(finalize, "pronounce", lambda _study, _run, given: told.append(given))
+
+        def measured(_study, _run, given, _say):
+            return [dataclasses.replace(record, speeds=(SPEED,)) for record in given]
+
+        monkeypatch.setattr(finalize, "measure_exports", measured)
+        study = SimpleNamespace(finalize=SimpleNamespace(measure=measure))
+        found = finalize.fill_cards(study, tmp_path, [first], print)
+        assert [[record.name for record in given] for given in told] == [["trial7", "trial8"]]
+        assert [(record.name, len(record.speeds)) for record in found] == [("trial7", int(measure))]
 
     def test_what_a_killed_process_left_is_put_in_order(self, tmp_path):
         for name in (".1-trial7.0123abcd.old", ".trial8.0123abcd.tmp", ".trial9.0123abcd.old", "trial9", ".mine"):

@@ -15,7 +15,7 @@ from adasearch.pruning import masking, schedule
 from adasearch.pruning.learning import RampOptions
 from adasearch.pruning.schedule import gates as ddp
 from adasearch.pruning.schedule import lora_prune, movement
-from adasearch.pruning.schedule._learning import Ramped, masks
+from adasearch.pruning.schedule._learning import Ramped, changed, masks
 from adasearch.registry import SCHEDULE
 from adasearch.tuning import decoder, learning
 from adasearch.tuning.recovery import RecoveryContext
@@ -155,6 +155,20 @@ class TestRamp:
             turned = learner.gates(0.9)
         lowest = next(g for g in context.structure.groups if g.name in turned)
         assert turned[lowest.name][0] == 1.0  # it was the first to go
+
+
+class TestChanged:
+    def test_only_weights_of_other_values_count_wherever_they_lie(self):
+        case = sample("head", F32)
+        second = list(case.weights)[1]
+        moved = {name: weight.clone() for name, weight in case.weights.items()}
+        moved[second][0] += 1.0
+        model = models.assemble(models.empty_model(case.config), moved)
+        assert changed(model, moved) == {}
+        found = changed(model, case.weights)
+        assert list(found) == [second]
+        assert torch.equal(found[second], moved[second])
+        assert not torch.equal(found[second], case.weights[second])
 
 
 class TestFormulas:

@@ -14,9 +14,10 @@ Shape letters: U units of a group, D hidden size, F input features of an output 
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adasearch import models
 from adasearch.pruning import calibration, compensation
@@ -58,7 +59,6 @@ class Training:
         self._context = context
         model = models.assemble(models.empty_model(context.config), context.weights)
         self.model = model.requires_grad_(requires_grad=False).to(context.device)
-        self._before = {name: weight.data_ptr() for name, weight in self.model.named_parameters()}
 
     def run(self, learner: Learner) -> None:
         """Train as the options of the schedule say.
@@ -74,12 +74,18 @@ class Training:
         context, model = self._context, self.model
         wanted = compensation.needs(context.trial.compensation)
         statistics = calibration.collect(model, context.structure, context.tokens(), wanted) if wanted else None
-        weights = {
-            name: weight.detach().to(context.weights[name].device)
-            for name, weight in model.named_parameters()
-            if weight.data_ptr() != self._before[name]
-        }
-        return Decision(plan=plan, weights=weights, statistics=statistics)
+        return Decision(plan=plan, weights=changed(model, context.weights), statistics=statistics)
+
+
+def changed(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a model that differ from `weights`, by name and on the device of those."""
+    found = {}
+    for name, weight in model.named_parameters():
+        base = weights[name]
+        there = weight.detach().to(base.device)
+        if there.data_ptr() != base.data_ptr() and not torch.equal(there, base):
+            found[name] = there
+    return found
 
 
 class Ramped(Learner):
