@@ -16,7 +16,7 @@ from adasearch.tuning.masters import Masters, computing_in
 from adasearch.tuning.training import TrainingConfig, next_token_loss
 from tests import tiny
 from tests.tuning.test_recovery import BATCH, LENGTH, TRAINING, cut_model, stream
-from tests.tuning.test_training_rules import train
+from tests.tuning.test_training_rules import train, usual_teacher
 
 RUN = TrainingConfig(tokens=1, length=LENGTH, batch=BATCH, lr=1e-3)
 
@@ -48,7 +48,10 @@ def saved_bytes(forward, without=()):
 class TestPartsOfABatch:
     @pytest.mark.parametrize("micro", [1, 2, 3])
     @pytest.mark.parametrize("marked", [False, True])
-    def test_give_the_gradients_of_the_whole(self, micro, marked, monkeypatch):
+    @pytest.mark.parametrize(
+        ("name", "told"), [("full", {}), ("distill", {"rank": 0, "hidden": 2.0, "hard": 0.5, "lr": 1e-3})]
+    )
+    def test_give_the_gradients_of_the_whole(self, name, told, micro, marked, monkeypatch):
         """Gradients as the optimizer sees them, not clipped; 3 of 4 sequences leave a part of one."""
         seen = []
         tokens = stream(2 * BATCH * LENGTH)
@@ -61,11 +64,12 @@ class TestPartsOfABatch:
                 copy_.grad = None
             return 0.0
 
+        usual_teacher()  # which is trained once, by steps as they are
         monkeypatch.setattr(Masters, "step", step)
         for size in (None, micro):
             seen.append([])
             model, structure = cut_model()
-            report = train("full", model, structure, TrainingRules(micro_batch=size), tokens, marks=marks)
+            report = train(name, model, structure, TrainingRules(micro_batch=size), tokens, marks=marks, **told)
             seen[-1].append([torch.tensor(report.losses)])
         for whole, parts in zip(*seen, strict=True):
             for one, other in zip(whole, parts, strict=True):

@@ -39,14 +39,14 @@ def train(name, model, structure, rules=USUAL, text=None, **kinds):
         kinds = {"rank": 4, **kinds}
     chosen = options(name, **kinds)
     if getattr(chosen, "distill", 0.0) > 0:
-        given.setdefault("teacher", _teacher())
+        given.setdefault("teacher", usual_teacher())
     context = RecoveryContext(**{"seed": 3, "rules": rules, **given})
     text = stream() if text is None else text
     return RECOVERY.get(name).function(model, structure, text, chosen, context)
 
 
 @functools.cache
-def _teacher():
+def usual_teacher():
     return taught(cut_model()[0])
 
 
