@@ -6,7 +6,8 @@
 Each strategy of `recoveries.yaml` is tried for some steps on one thread; its seconds per token, of the processor, so
 that other work on the machine does not count, say how many tokens it trains on in `--seconds`. Then comes one
 `adasearch compare` of all of them, in a folder below `--out`; the same command goes on where it was. Out come score on
-report items, what of it is above chance, perplexity, and the paired difference from the first strategy.
+report items, what of it is above chance, perplexity, and the paired difference from the first strategy. Strategies may
+join later: what was measured and made before stands.
 """
 
 from __future__ import annotations
@@ -158,19 +159,16 @@ def measured(args: argparse.Namespace, study: StudyConfig, strategies: Mapping[s
 
 
 def amounts(args: argparse.Namespace, study: StudyConfig, strategies: Mapping[str, Laid]) -> Amounts:
-    """Return what was measured when this comparison began, or measure it and write it down.
-
-    Raises:
-        SystemExit: it was measured for other strategies.
-    """
+    """Return what was measured of these strategies before, the rest measured now and written down beside it."""
     path = args.out / f"{study.name}-amounts.yaml"
-    if not path.exists():
-        found = measured(args, study, strategies)
-        path.write_text(yaml.safe_dump(dataclasses.asdict(found), sort_keys=False), encoding="utf-8")
+    known = yaml.safe_load(path.read_text(encoding="utf-8"))["tokens"] if path.exists() else {}
+    fresh = {name: strategy for name, strategy in strategies.items() if name not in known}
+    if fresh:
+        found = measured(args, study, fresh)
+        every = dataclasses.replace(found, tokens={**known, **found.tokens})
+        path.write_text(yaml.safe_dump(dataclasses.asdict(every), sort_keys=False), encoding="utf-8")
     kept = Amounts(**yaml.safe_load(path.read_text(encoding="utf-8")))
-    if list(kept.tokens) != list(strategies):
-        raise SystemExit(f"{path}: was measured for {', '.join(kept.tokens)}; use another --out")
-    return kept
+    return dataclasses.replace(kept, tokens={name: kept.tokens[name] for name in strategies})
 
 
 def compare(args: argparse.Namespace) -> tuple[Path, Amounts]:

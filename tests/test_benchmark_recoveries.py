@@ -11,6 +11,7 @@ import yaml
 
 from adasearch.config import TrialConfig
 from adasearch.library import REPOSITORY, load_recipe
+from benchmarks import recoveries
 from benchmarks.recoveries import STRATEGIES, Amounts, amounts, laid, table
 
 GIVEN = yaml.safe_load(STRATEGIES.read_text())
@@ -32,14 +33,23 @@ def test_every_strategy_is_a_trial_of_the_same_cut_and_text(name):
         assert (options.tokens, options.length, options.batch, options.corpus) == (640, 64, 2, "pydoc")
 
 
-def test_amounts_are_those_that_the_comparison_began_with(tmp_path):
+def test_amounts_stay_those_that_were_measured_and_others_may_join(tmp_path, monkeypatch):
     args, study = argparse.Namespace(out=tmp_path), SimpleNamespace(name="s")
     (tmp_path / "s-amounts.yaml").write_text("tokens: {none: null, lora: 640}\nchance: 0.25\n")
-    assert amounts(args, study, {"none": laid, "lora": laid}) == Amounts(
-        tokens={"none": None, "lora": 640}, chance=0.25
+    assert amounts(args, study, {"lora": laid, "none": laid}) == Amounts(
+        tokens={"lora": 640, "none": None}, chance=0.25
     )
-    with pytest.raises(SystemExit, match="was measured for none, lora"):
-        amounts(args, study, {"lora": laid})
+    asked = []
+
+    def measured(_args, _study, strategies):
+        asked.extend(strategies)
+        return Amounts(tokens=dict.fromkeys(strategies, 320), chance=0.25)
+
+    monkeypatch.setattr(recoveries, "measured", measured)
+    for _ in range(2):
+        assert amounts(args, study, {"full": laid, "lora": laid}).tokens == {"full": 320, "lora": 640}
+    assert asked == ["full"]
+    assert amounts(args, study, {"none": laid}).tokens == {"none": None}
 
 
 def row(name, score, perplexity=None):
