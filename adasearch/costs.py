@@ -92,7 +92,8 @@ def pass_seconds(model: Any, ids: torch.Tensor) -> float:
     """Return the seconds of one forward pass over a sequence (1 × T), up to the logits of the last token.
 
     That is what generation needs. The last state is handed to the output head as a row of its own: as a slice of all
-    states, with their strides, the head takes 25 times as long in bfloat16 on a CPU, whatever the model.
+    states, with their strides, a head that wants no gradient takes 25 times as long in bfloat16 on a CPU, whatever the
+    model, because torch copies its whole weight first.
     """
 
     def run() -> None:
@@ -132,12 +133,17 @@ def aligned(model: nn.Module) -> nn.Module:
     Weights are mapped from files, where a tensor begins at any multiple of 8 bytes; the one-line product of the output
     head takes 35 times as long there in bfloat16 on a CPU (SmolLM2-135M: 860 ms, else 22 ms). That is a matter of how
     a model was opened, not of its shape, and a dense model is opened otherwise than a cut one.
+
+    Copies want gradients where their originals do: torch takes another way through a product of one row by a weight
+    that wants none (see `pass_seconds`), and two models are only comparable on the same one.
     """
     memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        straight = parameter.data_ptr() % _ALIGNMENT == 0
-        memo[id(parameter)] = parameter if straight else nn.Parameter(parameter.detach().clone(), requires_grad=False)
-    found: nn.Module = copy.deepcopy(model, memo)
+    with torch.inference_mode(mode=False):  # in which copies want none, whatever they are told
+        for parameter in model.parameters():
+            straight = parameter.data_ptr() % _ALIGNMENT == 0
+            copied = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+            memo[id(parameter)] = parameter if straight else copied
+        found: nn.Module = copy.deepcopy(model, memo)
     return found
 
 

@@ -105,15 +105,20 @@ def test_a_latency_tells_a_large_model_from_a_small_one(bench):
     assert same.seconds > 0
 
 
-def test_odd_addresses_are_left_behind_and_all_else_is_shared():
+@pytest.mark.parametrize("learning", [True, False])
+def test_odd_addresses_are_left_behind_and_all_else_is_shared(learning):
     model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8, bias=False))
     odd = torch.randn(8 * 8 + 2)[2:].view(8, 8)
     assert odd.data_ptr() % 64
     model[0].weight = torch.nn.Parameter(odd)
+    model.requires_grad_(learning)
     tied = torch.nn.Sequential(model, model[0])
-    found = costs.aligned(tied)
+    with torch.inference_mode():
+        found = costs.aligned(tied)
     assert all(p.data_ptr() % 64 == 0 for p in found.parameters())
     assert found[1].weight is found[0][0].weight
+    assert all(p.requires_grad == learning for p in found.parameters()), "torch computes otherwise without"
+    assert not any(p.is_inference() for p in found.parameters())
     assert found[0][1].weight is model[1].weight
     assert model[0].weight.data_ptr() == odd.data_ptr()
     x = torch.randn(3, 8)
