@@ -37,6 +37,7 @@ class Conduct:
         folder: where its checkpoint goes, None for none.
         rank: of this process among those that train the model together.
         meeting: folder in which they meet, where there are several.
+        notice: what a user should know before it has run, beside that of the text; empty for nothing.
     """
 
     look: Look | None = None
@@ -44,6 +45,7 @@ class Conduct:
     folder: Path | None = None
     rank: int = 0
     meeting: Path | None = None
+    notice: str = ""
 
 
 @contextlib.contextmanager
@@ -84,8 +86,9 @@ def conducted(
             problem = f"the {size} processes that train this model did not meet: {error}"
             raise TrialError("worker_lost", problem, "recover") from error
         check_agreement(group, parts)
+        notice = "; ".join(filter(None, (context.notice, conduct.notice)))
         yield dataclasses.replace(
-            context, look=conduct.look, rules=conduct.rules, held=text.held, snapshots=snapshots, group=group
+            context, look=conduct.look, rules=rules, held=text.held, snapshots=snapshots, group=group, notice=notice
         )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adasearch import data, registry
+from adasearch import cuts, data, registry
 from adasearch.conduct import CHECKPOINT, Conduct
 from adasearch.config import StudyConfig, TaskScore, TrialConfig
 from adasearch.environment import versions
@@ -40,7 +40,7 @@ from adasearch.records import (
 from adasearch.sections import Metric
 from adasearch.speed import exports_of, measure_exports
 from adasearch.teams import Teams, followed
-from adasearch.trial import Clock, Pruned, prune, recover, score_blocks, silent, task_scores
+from adasearch.trial import Clock, Pruned, recover, score_blocks, silent, task_scores
 from adasearch.tuning import alignment, evaluation
 from adasearch.tuning.export import Goods, ModelCard, wants_adapters
 from adasearch.tuning.export._card import score_sections
@@ -116,7 +116,8 @@ def run_final(task: FinalTask, bench: Workbench) -> FinalRecord | None:
     record = dataclasses.replace(record, seconds=clock.seconds, peak_bytes=clock.peak_bytes, gpu_bytes=clock.gpu_bytes)
     write_items(folder, items)
     write_final(bench.run, record)
-    (folder / CHECKPOINT).unlink(missing_ok=True)
+    for done in (folder / CHECKPOINT, *folder.glob(cuts.PATTERN)):
+        done.unlink(missing_ok=True)
     return record
 
 
@@ -168,16 +169,16 @@ def _made(task: FinalTask, bench: Workbench, clock: Clock) -> tuple[Pruned | Non
     assert task.recovery is not None, f"{task.name}: a configuration comes with its recovery"
     try:
         config = TrialConfig.from_dict(task.config, "trial")
-        pruned = prune(config, bench, clock)
-        if wants_adapters(task.formats):
-            pruned = dataclasses.replace(pruned, beside={})
-        bench.set_aside()
         conduct = Conduct(
             rules=task.rules,
             folder=bench.run / "final" / task.name,
             rank=task.rank,
             meeting=Path(task.meeting) if task.meeting else None,
         )
+        pruned, conduct = cuts.obtain(config, bench, clock, conduct)
+        if wants_adapters(task.formats):
+            pruned = dataclasses.replace(pruned, beside={})
+        bench.set_aside()
         return pruned, recover(pruned, task.recovery, config, bench, clock, conduct)
     except (ConfigError, DataError) as error:
         raise TrialError("config", str(error), clock.phase) from error

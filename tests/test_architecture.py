@@ -37,6 +37,7 @@ FLOORS = [
     ["goals"],
     ["outlining", "text_checks", "trainings"],
     ["trial", "speed"],
+    ["cuts"],
     [
         "worker",
         "winner",

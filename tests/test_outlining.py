@@ -18,6 +18,7 @@ from adasearch.finalize import _perplexity, run_final
 from adasearch.pruning.structure import WHOLE, Outline, count_outlined
 from adasearch.trial import Clock, prune, run_trial
 from adasearch.workbench import Workbench
+from tests.test_cuts import assert_opened_the_same
 from tests.tiny import SPECIAL, save_checkpoint
 
 ROWS = 600
@@ -196,3 +197,8 @@ def test_perplexity_of_a_smaller_vocabulary_is_per_token_of_the_dense_one(bench)
     outline = Outline(tokens=tuple(range(ROWS)))
     same = _perplexity(bench.dense(outline), bench, outline)
     assert same == pytest.approx(_perplexity(bench.dense(), bench, WHOLE), rel=1e-5)
+
+
+def test_a_cut_that_was_kept_is_the_same_model_once_opened(bench, tmp_path):
+    sections = {"vocabulary": VOCABULARY, "hidden": HIDDEN, "depth": DEPTH, "compensation": "bias"}
+    assert_opened_the_same(trial(**sections), bench, tmp_path)
