@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -360,6 +360,7 @@ def place(
     offered: tuple[Machine, ...],
     *,
     finalists: bool = False,
+    trained: Sequence[Training] | None = None,
     most: int | None = None,
 ) -> Placement:
     """Return how many workers run a study's trials, or fine-tune its finalists, with what threads and GPUs each.
@@ -369,10 +370,13 @@ def place(
         shape: of the dense model.
         offered: by the machines, see `machines`.
         finalists: of the end of a run, which takes `finalize.workers`, or at most the workers of the search.
+        trained: what each of them trains, None for what a study says of its trials or finalists.
         most: workers that are of use, None for what a search of the study can use.
     """
     gpu = study.cluster.gpus_per_worker != 0 and any(offer.gpus for offer in offered)
-    need = _need(study, shape, number_size(study, gpu=gpu), finalists=finalists, gpu=gpu)
+    if trained is None:
+        trained = _trained(study, finalists=finalists)
+    need = _need(shape, number_size(study, gpu=gpu), trained, finalists=finalists, gpu=gpu)
     if not finalists:
         return placement.decide(study.cluster, offered, need, most or placement.most_workers(study.trials))
     processes = study.finalize.training.processes
@@ -388,23 +392,31 @@ def number_size(study: StudyConfig, *, gpu: bool) -> int:
     return 2 if gpu and study.model.dtype == "auto" else models.pick_dtype(study.model.dtype, "cpu").itemsize
 
 
-def _need(study: StudyConfig, shape: ModelShape, size: int, *, finalists: bool, gpu: bool) -> Need:
-    """Return what a worker needs for the hungriest of all that is trained in a trial, or at the end of a run."""
+def _trained(study: StudyConfig, *, finalists: bool) -> tuple[Training, ...]:
+    """Return the trainings of a study's trials, or of its finalists."""
     trial = TrialConfig.from_dict(study.trial, "trial")
-    recovery, rules = (
-        (study.finalize.recovery, study.finalize.training) if finalists else (trial.recovery, TrainingRules())
-    )
+    if finalists:
+        return trainings_of(dataclasses.replace(trial, recovery=study.finalize.recovery), study.finalize.training)
+    return trainings_of(trial)
+
+
+def _need(shape: ModelShape, size: int, trained: Sequence[Training], *, finalists: bool, gpu: bool) -> Need:
+    """Return what a worker needs for the hungriest of trainings; where adapters alone are trained, its steps."""
     found = [placement.trial_need(shape, size, 0, gpu=gpu)]
-    for part, how in ((recovery, rules), (trial.schedule, TrainingRules()), (trial.hidden, TrainingRules())):
-        if hasattr(part.options, "batch"):
-            training = training_of(part, how)
-            whole = finalists or training.rank == 0
-            found.append(
-                placement.final_need(shape, size, training, gpu=gpu)
-                if whole
-                else placement.trial_need(shape, size, training.tokens, gpu=gpu)
-            )
+    for training in trained:
+        whole = finalists or training.rank == 0
+        found.append(
+            placement.final_need(shape, size, training, gpu=gpu)
+            if whole
+            else placement.trial_need(shape, size, training.tokens, gpu=gpu)
+        )
     return max(found, key=lambda need: (need.gpu, need.memory))
+
+
+def trainings_of(trial: TrialConfig, rules: TrainingRules = TrainingRules()) -> tuple[Training, ...]:  # noqa: B008 - frozen
+    """Return all that is trained in a trial, its recovery as `rules` say."""
+    parts = ((trial.recovery, rules), (trial.schedule, TrainingRules()), (trial.hidden, TrainingRules()))
+    return tuple(training_of(part, how) for part, how in parts if hasattr(part.options, "batch"))
 
 
 def training_of(recovery: Component, rules: TrainingRules) -> Training:

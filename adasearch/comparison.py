@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -17,15 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adasearch.checks import trainings_of
 from adasearch.config import STUDYS_OWN, StudyConfig, TrialConfig, merged
 from adasearch.documents import join
 from adasearch.errors import ConfigError, NoTrialError
 from adasearch.finalists import FinalTask, dense_task
 from adasearch.finalize import LONGER, finish
+from adasearch.footprint import Training
 from adasearch.library import load_recipe, recipe_names
 from adasearch.records import Failure, FinalRecord, read_failures, read_finals, write_atomically
 from adasearch.registry import nearest
 from adasearch.report import Difference, difference, mean_score, report_score
+from adasearch.sections import TrainingRules
 
 if TYPE_CHECKING:
     from adasearch.display import Display
@@ -83,10 +87,22 @@ def tasks_of(study: StudyConfig) -> list[FinalTask]:
                 recipe=name,
                 config=config.to_dict(),
                 recovery=config.recovery,
+                rules=rules_of(study),
                 items=("report",),
             )
         )
     return tasks
+
+
+def rules_of(study: StudyConfig) -> TrainingRules:
+    """Return how the recovery of a recipe is run: as a finalist's, for as long as it says itself, by one process."""
+    return dataclasses.replace(study.finalize.training, seconds=None, validation=None, processes=1)
+
+
+def trained(study: StudyConfig) -> tuple[Training, ...]:
+    """Return the trainings of all recipes."""
+    parts = (trainings_of(_config(study, name, recipe), rules_of(study)) for name, recipe in study.recipes.items())
+    return tuple(itertools.chain.from_iterable(parts))
 
 
 def compare(study: StudyConfig, run: Path, executor: Executor, display: Display) -> None:

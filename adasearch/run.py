@@ -207,7 +207,8 @@ def compare_study(path: Path, *, recipes: Sequence[str] | None, out: Path | None
     run.mkdir(parents=True, exist_ok=True)
     with hold(run):
         study = _going_on(study, run)
-        placed = place(study, checked.shape, machines(study), most=len(study.recipes) + 1)
+        trained, most = comparison.trained(study), len(study.recipes) + 1
+        placed = place(study, checked.shape, machines(study), trained=trained, most=most)
         study = _placed(study, placed)
         _check_job(run, "compare")
         check_owner(run, study, comparison.SHARED)

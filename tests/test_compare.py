@@ -18,13 +18,15 @@ import numpy as np
 import pytest
 
 from adasearch import comparison, comparison_html, pictures, text_checks
-from adasearch.checks import check_study
+from adasearch.checks import check_study, place
 from adasearch.cli import main
 from adasearch.config import load_study
 from adasearch.errors import ConfigError
 from adasearch.library import recipe_names
+from adasearch.placement import Machine
 from adasearch.records import read_failures, read_finals, read_items, write_json
 from adasearch.run import load_run
+from adasearch.sections import TrainingRules
 from tests.test_main_job import ROOT, study_file
 from tests.test_report import read
 
@@ -151,6 +153,23 @@ def test_all_recipes_are_treated_alike_but_for_what_they_fix(study_path):
     found = comparison.gather(study_path.parent / "nowhere", study)
     assert {row.name: row.own for row in found.rows if row.own} == {"unrecovered": ("recovery",)}
     assert {row.state for row in found.rows} == {"waiting"}
+
+
+def test_recoveries_are_run_as_those_of_finalists_but_for_how_long(tmp_path, tiny_checkpoint):
+    """So that what fits at the end of a search fits in a comparison too."""
+    own = {"whole": {"importance": "flap", "recovery": {"type": "full", "batch": 8, "length": 64}}, **OWN}
+    how = {"micro_batch": 1, "recompute": True, "optimizer": "adamw8bit"}
+    training = {"seconds": 9, "validation": {}, **how}
+    path = compare_file(tmp_path, tiny_checkpoint, recipes=own, finalize={"recovery": "full", "training": training})
+    study = comparison.with_recipes(load_study(path), list(own), path)
+    _, *tasks = comparison.tasks_of(study)
+    assert {task.rules for task in tasks} == {TrainingRules(**how)}
+    found = comparison.trained(study)
+    assert [training.rank for training in found] == [0, 8], "one recipe has a recovery of its own, one has none"
+    assert found[0].tokens == 64
+    shape, machine = check_study(study, "s:").shape, Machine(cores=4, memory=8 << 30)
+    needs = [place(study, shape, (machine,), trained=part, most=4).need.memory for part in (found[1:], found)]
+    assert needs[0] < needs[1], "the hungriest recipe decides"
 
 
 def test_what_a_record_stands_for_is_in_its_name(study_path, tmp_path, tiny_checkpoint):
