@@ -224,14 +224,15 @@ def _trials(study: StudyConfig, space: Space, section: str) -> list[tuple[str, T
 
 
 def _models_to_write(study: StudyConfig, out: Path) -> int:
-    """Return how many times all weights are still to be written: the base, exports, a checkpoint of a full training.
+    """Return how many times all weights are still to be written: the base, exports, a checkpoint, a learnt cut.
 
-    That holds weights and two moments in 32 bits. Exports that stand count no more.
+    The checkpoint of a full training holds weights and two moments in 32 bits. Exports that stand count no more.
     """
-    recovery = study.finalize.recovery
+    recovery, trial = study.finalize.recovery, TrialConfig.from_dict(study.trial, "trial")
     whole = hasattr(recovery.options, "batch") and training_of(recovery, study.finalize.training).rank == 0
+    learnt = any(hasattr(part.options, "batch") for part in (trial.schedule, trial.hidden))
     exports = study.finalize.top * len(study.finalize.formats) - len(list((out / "export").glob("[!.]*")))
-    return 1 + max(0, exports) + (3 if whole else 0)
+    return 1 + max(0, exports) + (3 if whole else 0) + (1 if learnt else 0)
 
 
 def _check_disk(folder: Path, parameters: int, models_kept: int) -> None:

@@ -5,15 +5,15 @@ import dataclasses
 import pytest
 import torch
 
-from adasearch import cuts
+from adasearch import checks, cuts
 from adasearch.conduct import CHECKPOINT, Conduct
-from adasearch.config import TrialConfig
+from adasearch.config import TrialConfig, study_from_dict
 from adasearch.finalize import run_final
 from adasearch.pruning.schedule import gates
 from adasearch.sections import TrainingRules
 from adasearch.trial import Clock, prune
 from adasearch.tuning.snapshots import Snapshots
-from tests.test_final_training import ALWAYS, SAMPLE, bench_of, broken_off, task_of
+from tests.test_final_training import ALWAYS, SAMPLE, bench_of, broken_off, study_of, task_of
 
 LEARNT = {"type": "gates", "tokens": 256, "length": 32, "batch": 2, "corpus": "pydoc"}
 NEVER = TrainingRules(save_seconds=1e9)
@@ -119,3 +119,16 @@ class TestKept:
         found, conduct = cuts.obtain(config, bench, Clock(), Conduct(rules=ALWAYS, folder=tmp_path))
         assert found.plan.removed > 0
         assert conduct.notice == "no cut: no space left"
+
+
+def test_the_disk_must_have_room_for_a_cut_that_is_learnt(tiny_checkpoint, tmp_path, monkeypatch):
+    def needed(schedule):
+        data = study_of(tiny_checkpoint)
+        data["trial"] = {**data["trial"], "schedule": schedule}
+        study = study_from_dict(data, "study:", tmp_path / "study.yaml")
+        kept = []
+        monkeypatch.setattr(checks, "_check_disk", lambda *asked: kept.append(asked[-1]))
+        checks.check_study(study, "study:", tmp_path / "run")
+        return kept[0]
+
+    assert needed(LEARNT) == needed("one_shot") + 1
